@@ -1,0 +1,95 @@
+# `make help` lists the targets.
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+ROOT    := $(CURDIR)
+BIN     := $(ROOT)/.bin
+MODULES := gen pkg services/orchestrator services/http-runner services/shell-runner services/docker-runner \
+           services/serverless-runner cmd/specql examples examples/custom-runner test/e2e test/imports
+PACKAGES := $(addprefix ./,$(addsuffix /...,$(MODULES)))
+FUZZTIME ?= 30s
+
+.PHONY: help
+help: ## This list
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  %-16s %s\n", $$1, $$2}'
+
+.PHONY: ci
+ci: generate-check fmt-check proto-lint vet lint modules test ## Everything that has to pass before a change lands
+
+.PHONY: test
+test: ## Every test, with the race detector
+	go test -race -timeout 20m $(PACKAGES)
+	@go test -v -run '^TestInputReachesTheContainer$$' ./services/docker-runner/dockerrunner | grep -- '--- SKIP' >/dev/null \
+		&& echo "NOTE: no Docker engine answers: the tests of containers were skipped" \
+		|| echo "A Docker engine answers: no test of containers was skipped"
+
+.PHONY: test-short
+test-short: ## The tests of one's own machine: no race detector
+	go test $(PACKAGES)
+
+.PHONY: build
+build: ## Every program, into .bin
+	@mkdir -p $(BIN)
+	go build -o $(BIN)/ ./cmd/specql ./services/orchestrator ./services/http-runner ./services/shell-runner ./services/docker-runner ./services/serverless-runner
+
+# The tools of tools/go.mod, built once for each content of it.
+TOOLS := $(BIN)/.tools-$(shell cat tools/go.mod tools/go.sum | sha256sum | cut -c1-16)
+
+.PHONY: tools
+tools: $(TOOLS) ## buf, its plugins, the linters, into .bin
+$(TOOLS):
+	@mkdir -p $(BIN)
+	GOWORK=off go -C tools build -o $(BIN)/ tool
+	@rm -f $(BIN)/.tools-*; touch $@
+
+.PHONY: generate
+generate: $(TOOLS) ## Generate gen/ from proto/
+	$(BIN)/buf generate
+
+.PHONY: generate-check
+generate-check: $(TOOLS) ## gen/ is what proto/ says
+	@rm -rf .cache/gen && mkdir -p .cache/gen
+	$(BIN)/buf generate -o .cache/gen
+	@diff -r --exclude=go.mod --exclude=go.sum gen .cache/gen/gen || { echo "gen/ is not what proto/ says: run 'make generate' and commit"; exit 1; }
+
+.PHONY: proto-lint
+proto-lint: $(TOOLS) ## The protos follow the rules, and break nobody since BREAKING_AGAINST (a git ref)
+	$(BIN)/buf lint
+	@ref="$${BREAKING_AGAINST:-$$(git rev-parse --verify -q HEAD~1 || true)}"; \
+	if [ -n "$$ref" ] && git cat-file -e "$$ref:buf.yaml" 2>/dev/null; then $(BIN)/buf breaking --against ".git#ref=$$ref"; else echo "no earlier protos to compare with"; fi
+
+.PHONY: fmt
+fmt: $(TOOLS) ## Format
+	$(BIN)/golangci-lint fmt $(PACKAGES)
+
+.PHONY: fmt-check
+fmt-check: $(TOOLS) ## Everything is formatted
+	@$(BIN)/golangci-lint fmt --diff $(PACKAGES)
+
+.PHONY: vet
+vet: ## go vet
+	go vet $(PACKAGES)
+
+.PHONY: lint
+lint: $(TOOLS) ## The linters of .golangci.yml
+	$(BIN)/golangci-lint run --allow-parallel-runners --timeout 20m $(PACKAGES)
+
+.PHONY: modules
+modules: ## Each module builds alone and its go.mod is tidy
+	@for m in $(MODULES); do \
+		echo "module $$m"; \
+		(cd $$m && GOWORK=off go build -o /dev/null ./... && GOWORK=off go mod tidy -diff) || exit 1; \
+	done
+
+.PHONY: fuzz
+fuzz: ## Fuzz every parser for FUZZTIME each
+	@for pkg in ./pkg/spec ./pkg/spec/expr; do \
+		for target in $$(go test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
+			echo "$$pkg $$target"; go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; \
+	done
+
+.PHONY: clean
+clean: ## Remove what was built
+	rm -rf $(BIN) .cache

@@ -1,0 +1,3 @@
+module github.com/specql/mesh/examples
+
+go 1.26.0

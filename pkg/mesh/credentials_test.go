@@ -1,0 +1,47 @@
+package mesh
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestCredentialsFollowTheirFiles(t *testing.T) {
+	t.Parallel()
+	a, err := NewAuthority()
+	require.NoError(t, err)
+	dir := t.TempDir()
+	cert, key, ca := filepath.Join(dir, "cert"), filepath.Join(dir, "key"), filepath.Join(dir, "ca")
+	// Times of files are coarse on some file systems, so each version gets its own.
+	stamp := time.Now().Add(-time.Hour)
+	write := func(role string) {
+		issued, err := a.Issue(role)
+		require.NoError(t, err)
+		certPEM, keyPEM, caPEM := issued.PEM()
+		stamp = stamp.Add(time.Minute)
+		for name, text := range map[string][]byte{cert: certPEM, key: keyPEM, ca: caPEM} {
+			require.NoError(t, os.WriteFile(name, text, 0o600))
+			require.NoError(t, os.Chtimes(name, stamp, stamp))
+		}
+	}
+	write("http-runner")
+	c, err := LoadCredentials(cert, key, ca)
+	require.NoError(t, err)
+	require.Equal(t, "http-runner", c.Name())
+
+	write("shell-runner")
+	require.Equal(t, "http-runner", c.Name(), "files are not read for every connection")
+	c.checked = time.Time{}
+	require.Equal(t, "shell-runner", c.Name())
+
+	// A version that cannot be read leaves the last good one, and is tried again.
+	require.NoError(t, os.WriteFile(key, []byte("half written"), 0o600))
+	c.checked = time.Time{}
+	require.Equal(t, "shell-runner", c.Name())
+	write("docker-runner")
+	c.checked = time.Time{}
+	require.Equal(t, "docker-runner", c.Name())
+}

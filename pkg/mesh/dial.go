@@ -1,0 +1,92 @@
+package mesh
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/telemetry"
+)
+
+// DialOptions say how a client behaves. The zero value works.
+type DialOptions struct {
+	// ServerRole is the role that the server's certificate must say, in place of the host's
+	// name. Empty: the certificate must have the name dialled.
+	ServerRole string
+	// MaxMessageBytes bounds a message; DefaultMaxMessageBytes if zero.
+	MaxMessageBytes int
+	// DialOptions are added at the end.
+	DialOptions []grpc.DialOption
+}
+
+// roundRobin spreads calls over all addresses of a name.
+const roundRobin = `{"loadBalancingConfig":[{"round_robin":{}}]}`
+
+// Dial makes a client of a target such as dns:///http-runner:9090 or 127.0.0.1:7350. It
+// connects when it is first used, spreads calls over all addresses, repeats nothing by
+// itself, and gives errors as *[fault.Error]. Without credentials it speaks plaintext to
+// loopback alone.
+func Dial(target string, c *Credentials, o DialOptions) (*grpc.ClientConn, error) {
+	transport := insecure.NewCredentials()
+	if c != nil {
+		transport = credentials.NewTLS(c.clientTLS(o.ServerRole))
+	} else if err := CheckInsecure(target); err != nil {
+		return nil, err
+	}
+	limit := cmp.Or(o.MaxMessageBytes, DefaultMaxMessageBytes)
+	options := []grpc.DialOption{
+		grpc.WithTransportCredentials(transport),
+		grpc.WithDefaultServiceConfig(roundRobin),
+		grpc.WithDisableRetry(),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(limit), grpc.MaxCallSendMsgSize(limit)),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true}),
+		// A replica that comes back is found in seconds.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
+			MinConnectTimeout: 5 * time.Second,
+		}),
+		grpc.WithStatsHandler(otelgrpc.NewClientHandler(otelgrpc.WithPropagators(telemetry.Propagator()))),
+		grpc.WithChainUnaryInterceptor(unaryFault),
+		grpc.WithChainStreamInterceptor(streamFault),
+	}
+	conn, err := grpc.NewClient(target, append(options, o.DialOptions...)...)
+	if err != nil {
+		return nil, fmt.Errorf("dial %s: %w", target, err)
+	}
+	return conn, nil
+}
+
+func unaryFault(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	return toFault(invoke(ctx, method, req, reply, cc, opts...))
+}
+
+func streamFault(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	stream, err := streamer(ctx, desc, cc, method, opts...)
+	if err != nil {
+		return nil, toFault(err)
+	}
+	return faultStream{stream}, nil
+}
+
+type faultStream struct{ grpc.ClientStream }
+
+func (s faultStream) RecvMsg(m any) error { return toFault(s.ClientStream.RecvMsg(m)) }
+func (s faultStream) SendMsg(m any) error { return toFault(s.ClientStream.SendMsg(m)) }
+
+func toFault(err error) error {
+	if err == nil || errors.Is(err, io.EOF) {
+		return err
+	}
+	return fault.FromError(err)
+}

@@ -1,0 +1,177 @@
+package mesh
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/stats"
+
+	"github.com/specql/mesh/pkg/telemetry"
+)
+
+// DefaultMaxMessageBytes bounds a message in both directions where nothing else is said.
+const DefaultMaxMessageBytes = 16 << 20
+
+// defaultDrainTimeout is how long [Server.Serve] waits for calls after its context ended.
+const defaultDrainTimeout = 10 * time.Second
+
+// ServerOptions say how a server behaves. The zero value works.
+type ServerOptions struct {
+	Logger *slog.Logger
+	// AllowedRoles are the roles that may call; nil allows any certificate of the CA. Health
+	// and reflection are open to any certificate of the CA. Without TLS there are no roles.
+	AllowedRoles []string
+	// OptionalClientCert also lets in clients without a certificate, for an API that knows
+	// its callers by other means. A certificate that is shown must come from the CA.
+	OptionalClientCert bool
+	// MaxMessageBytes bounds a message; DefaultMaxMessageBytes if zero.
+	MaxMessageBytes int
+	// DrainTimeout bounds the wait for running calls at the end of Serve; 10 s if zero.
+	DrainTimeout time.Duration
+	// Registerer takes the metrics; none if nil.
+	Registerer prometheus.Registerer
+	// ServerOptions are added at the end; interceptors among them run inside those of the server.
+	ServerOptions []grpc.ServerOption
+}
+
+// Server is a gRPC server with health and reflection. Register services on it before Serve.
+type Server struct {
+	grpc     *grpc.Server
+	health   *health.Server
+	insecure bool
+	drain    time.Duration
+	closing  context.CancelFunc // ends the streams that would last for ever
+}
+
+// NewServer makes a server. Without credentials it speaks plaintext and listens on loopback alone.
+func NewServer(c *Credentials, o ServerOptions) *Server {
+	closing, closeStreams := context.WithCancel(context.Background())
+	g := newGuard(closing, c != nil, o)
+	limit := cmp.Or(o.MaxMessageBytes, DefaultMaxMessageBytes)
+	options := []grpc.ServerOption{
+		grpc.ChainUnaryInterceptor(g.unary),
+		grpc.ChainStreamInterceptor(g.stream),
+		grpc.StatsHandler(otelgrpc.NewServerHandler(
+			otelgrpc.WithPropagators(telemetry.Propagator()),
+			otelgrpc.WithFilter(func(i *stats.RPCTagInfo) bool { return !open(i.FullMethodName) }),
+		)),
+		grpc.MaxRecvMsgSize(limit),
+		grpc.MaxSendMsgSize(limit),
+		grpc.MaxConcurrentStreams(10_000),
+		grpc.ConnectionTimeout(10 * time.Second),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			Time: 20 * time.Second, Timeout: 10 * time.Second,
+			// Clients come back and find replicas that joined since; running calls go on.
+			MaxConnectionAge: 5 * time.Minute,
+		}),
+	}
+	if c != nil {
+		options = append(options, grpc.Creds(handshakes{credentials.NewTLS(c.serverTLS(o.OptionalClientCert)), g.log}))
+	}
+	s := &Server{
+		grpc:     grpc.NewServer(append(options, o.ServerOptions...)...),
+		health:   health.NewServer(),
+		insecure: c == nil,
+		drain:    cmp.Or(o.DrainTimeout, defaultDrainTimeout),
+		closing:  closeStreams,
+	}
+	s.health.SetServingStatus("", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+	grpc_health_v1.RegisterHealthServer(s.grpc, s.health)
+	reflection.Register(s.grpc)
+	return s
+}
+
+// RegisterService implements [grpc.ServiceRegistrar].
+func (s *Server) RegisterService(desc *grpc.ServiceDesc, impl any) {
+	s.grpc.RegisterService(desc, impl)
+}
+
+// SetServing says in the health service whether new calls are welcome.
+func (s *Server) SetServing(serving bool) {
+	status := grpc_health_v1.HealthCheckResponse_NOT_SERVING
+	if serving {
+		status = grpc_health_v1.HealthCheckResponse_SERVING
+	}
+	s.health.SetServingStatus("", status)
+	for name := range s.grpc.GetServiceInfo() {
+		if !open("/" + name + "/") {
+			s.health.SetServingStatus(name, status)
+		}
+	}
+}
+
+// Serve answers calls on the listener until ctx ends, then drains, and returns nil. It
+// closes the listener. A plaintext server refuses any address but loopback.
+func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
+	if tcp, ok := lis.Addr().(*net.TCPAddr); s.insecure && ok && !tcp.IP.IsLoopback() {
+		return errors.Join(CheckInsecure(tcp.String()), lis.Close())
+	}
+	s.SetServing(true)
+	failed := make(chan error, 1)
+	go func() { failed <- s.grpc.Serve(lis) }()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve %s: %w", lis.Addr(), err)
+	case <-ctx.Done():
+	}
+	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.drain)
+	defer cancel()
+	s.Drain(drain)
+	// Stopped before it began is stopped as well.
+	if err := <-failed; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		return fmt.Errorf("serve %s: %w", lis.Addr(), err)
+	}
+	return nil
+}
+
+// Drain takes no new calls, waits for the running ones and closes every connection; when
+// ctx ends first, the calls are cut off.
+func (s *Server) Drain(ctx context.Context) {
+	s.health.Shutdown()
+	s.closing()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.grpc.GracefulStop()
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		s.grpc.Stop()
+		<-done
+	}
+}
+
+// CheckInsecure refuses an address that is reached from other machines, for servers and
+// clients without TLS.
+func CheckInsecure(addr string) error {
+	host := addr
+	if scheme, rest, ok := strings.Cut(addr, ":"); ok && (scheme == "unix" || scheme == "unix-abstract") {
+		return nil
+	} else if ok && (scheme == "dns" || scheme == "passthrough") {
+		host = rest[strings.LastIndexByte(rest, '/')+1:]
+	}
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	host = strings.Trim(host, "[]")
+	if ip := net.ParseIP(host); host == "localhost" || ip != nil && ip.IsLoopback() {
+		return nil
+	}
+	return fmt.Errorf("%s is not a loopback address: plaintext is for loopback alone; use --tls-cert, --tls-key and --tls-ca", addr)
+}

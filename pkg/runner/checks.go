@@ -1,0 +1,99 @@
+package runner
+
+import (
+	"os"
+	"slices"
+	"strings"
+	"sync"
+
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+	"github.com/specql/mesh/pkg/fault"
+)
+
+// maxChecks bounds the checks kept of one job; as many denials again are kept beyond it.
+const maxChecks = 1000
+
+// Checks collects the policy checks of one job. The zero value is ready; all methods are
+// safe for concurrent use.
+type Checks struct {
+	mu   sync.Mutex
+	list []*runnerv1.PolicyCheck
+}
+
+// Allow notes that the policy's rule allows the subject: a resolved path, a host, an
+// address, an image.
+func (c *Checks) Allow(rule, subject string) {
+	c.add(&runnerv1.PolicyCheck{Rule: rule, Subject: subject, Allowed: true})
+}
+
+// Deny notes that the rule forbids the subject and returns the POLICY_VIOLATION. detail
+// says why, and the smallest change that would allow it.
+func (c *Checks) Deny(rule, subject, detail string) *fault.Error {
+	c.add(&runnerv1.PolicyCheck{Rule: rule, Subject: subject, Detail: detail})
+	return fault.New(fault.PolicyViolation, "%s forbids %s: %s", rule, subject, detail)
+}
+
+func (c *Checks) add(check *runnerv1.PolicyCheck) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if n := len(c.list); n >= 2*maxChecks || check.GetAllowed() && n >= maxChecks {
+		return
+	}
+	c.list = append(c.list, check)
+}
+
+// Context gives what was checked so far, for [Result]. policyDigest is the [Digest] of the
+// effective policy; isolation names the features in force.
+func (c *Checks) Context(policyDigest string, isolation ...string) *runnerv1.SecurityContext {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return &runnerv1.SecurityContext{
+		PolicyDigest: policyDigest,
+		Checks:       slices.Clone(c.list),
+		Isolation:    slices.Clone(isolation),
+	}
+}
+
+// ownVariables hold what the mesh itself gets in with. They are not for services.
+var ownVariables = []string{"SPECQL_TOKEN", "SPECQL_DATABASE", "DATABASE_URL"}
+
+// OwnVariable says whether an environment variable holds a secret of the mesh itself, which
+// no service may name: its token, and the address of its database.
+func OwnVariable(envVar string) bool {
+	return slices.ContainsFunc(ownVariables, func(own string) bool { return strings.EqualFold(own, envVar) })
+}
+
+// EnvVarAllowed says whether allowed_env_vars of a policy lets a service name a variable.
+// Entries are exact names, or PREFIX_* for all that begin so. A nil list allows all.
+func EnvVarAllowed(allowed []string, envVar string) bool {
+	return allowed == nil || slices.ContainsFunc(allowed, func(entry string) bool {
+		if prefix, ok := strings.CutSuffix(entry, "*"); ok {
+			return strings.HasPrefix(envVar, prefix)
+		}
+		return entry == envVar
+	})
+}
+
+// ResolveSecret reads the secret that a *_env_var key names from the runner's environment
+// and tells sink to mask it. The error names the variable and never holds the value. A
+// variable with a secret of the mesh itself is a POLICY_VIOLATION; hold the name to the
+// policies with [EnvVarAllowed] before.
+func ResolveSecret(sink Sink, envVar string) (string, error) {
+	if envVar == "" {
+		return "", fault.New(fault.Validation, "no environment variable is named for the secret")
+	}
+	if OwnVariable(envVar) {
+		return "", fault.New(fault.PolicyViolation, "the environment variable %s belongs to the mesh itself and is given to no service; keep the service's secret in a variable of its own", envVar)
+	}
+	value, set := os.LookupEnv(envVar)
+	switch {
+	case !set:
+		return "", fault.New(fault.Validation, "the environment variable %s is not set; set it where the runner starts", envVar)
+	case value == "":
+		return "", fault.New(fault.Validation, "the environment variable %s is empty; set it where the runner starts", envVar)
+	}
+	if sink != nil {
+		sink.Secret(value)
+	}
+	return value, nil
+}

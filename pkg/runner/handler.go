@@ -1,0 +1,545 @@
+package runner
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/telemetry"
+)
+
+const (
+	defaultMaxConcurrency = 64
+	defaultDrainTimeout   = 30 * time.Second
+	// What ended is kept for a job that is sent again because its answer got lost.
+	keptFor   = 30 * time.Second
+	keptCount = 1000
+	keptBytes = 64 << 20
+	// The epoch of what is kept no longer is remembered for a caller that lost the job and
+	// does not know it yet.
+	epochFor   = 10 * time.Minute
+	epochCount = 10_000
+)
+
+// Options say how a runner is served. The zero value works.
+type Options struct {
+	// MaxConcurrency is how many jobs may run at once; 64 if zero. More are refused.
+	MaxConcurrency int
+	Logger         *slog.Logger
+	// Version of the program, for Describe.
+	Version string
+	// Registerer takes the metrics; none if nil.
+	Registerer prometheus.Registerer
+	// DrainTimeout is how long running jobs may go on after the end was asked for, before
+	// they are handed back; 30 s if zero.
+	DrainTimeout time.Duration
+	// Identity names this runner in security contexts; the certificate's role or the
+	// description's name, and the host, if empty.
+	Identity string
+}
+
+// Handler is the gRPC service in front of a [JobRunner]. See runner.proto for what it does.
+type Handler struct {
+	runnerv1.UnimplementedRunnerServiceServer
+
+	runner   JobRunner
+	o        Options
+	log      *slog.Logger
+	types    []string // served; empty if the runner could not tell
+	jobsDone *prometheus.CounterVec
+	duration *prometheus.HistogramVec
+	gauge    prometheus.Gauge
+
+	work sync.WaitGroup
+	mu   sync.Mutex
+	// jobs run or ended a short time ago, by id.
+	jobs map[string]*job
+	// kept are the ended ones among them, oldest first.
+	kept      []*job
+	keptBytes int
+	// epochs of jobs that are kept no longer, by id; epochOrder has the oldest first.
+	epochs     map[string]pastEpoch
+	epochOrder []pastEpoch
+	inFlight   int
+	draining   bool
+}
+
+// pastEpoch is the epoch that a job had last.
+type pastEpoch struct {
+	id    string
+	epoch int64
+	at    time.Time
+}
+
+// Register puts a runner behind the RunnerService of a gRPC server. End the handler with
+// Drain or Close.
+func Register(s grpc.ServiceRegistrar, jr JobRunner, o Options) *Handler {
+	if o.MaxConcurrency <= 0 {
+		o.MaxConcurrency = defaultMaxConcurrency
+	}
+	h := &Handler{
+		runner: jr, o: o, log: telemetry.OrDiscard(o.Logger), jobs: map[string]*job{}, epochs: map[string]pastEpoch{},
+		jobsDone: telemetry.Registered(o.Registerer, prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "specql_runner_jobs_total", Help: "Attempts that ended, by execution type and outcome: completed or the error's code.",
+		}, []string{"execution_type", "outcome"})),
+		duration: telemetry.Registered(o.Registerer, prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "specql_runner_job_duration_seconds", Help: "How long attempts took.",
+			Buckets: prometheus.ExponentialBuckets(0.001, 4, 11),
+		}, []string{"execution_type"})),
+		gauge: telemetry.Registered[prometheus.Gauge](o.Registerer, prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "specql_runner_jobs_in_flight", Help: "Attempts that run now.",
+		})),
+	}
+	name := "runner"
+	if d, err := h.describe(context.Background()); err == nil {
+		name = cmp.Or(d.Name, name)
+		for _, t := range d.Types {
+			h.types = append(h.types, t.Name)
+		}
+		slices.Sort(h.types)
+	}
+	if h.o.Identity == "" {
+		h.o.Identity = identity(name)
+	}
+	runnerv1.RegisterRunnerServiceServer(s, h)
+	return h
+}
+
+// identity is a name and the host.
+func identity(name string) string {
+	host, err := os.Hostname()
+	if err != nil {
+		host = "unknown"
+	}
+	return name + "@" + host
+}
+
+// InFlight is how many jobs run now.
+func (h *Handler) InFlight() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.inFlight
+}
+
+// Describe implements RunnerService.
+func (h *Handler) Describe(ctx context.Context, _ *runnerv1.DescribeRequest) (*runnerv1.DescribeResponse, error) {
+	d, err := h.describe(ctx)
+	if err != nil {
+		return nil, fault.ToStatus(err).Err()
+	}
+	resp := &runnerv1.DescribeResponse{
+		Name: d.Name, Version: h.o.Version,
+		Capacity: int32(h.o.MaxConcurrency), InFlight: int32(h.InFlight()), //nolint:gosec // small
+	}
+	types := slices.Clone(d.Types)
+	slices.SortFunc(types, func(a, b Type) int { return strings.Compare(a.Name, b.Name) })
+	for _, t := range types {
+		resp.Types = append(resp.Types, &runnerv1.ExecutionType{
+			Name: t.Name, ConfigSchema: t.ConfigSchema, PolicySchema: t.PolicySchema, OperationSchema: t.OperationSchema,
+			DefaultMaxRetries: int32(t.DefaultMaxRetries), //nolint:gosec // small
+		})
+	}
+	for _, f := range d.Isolation {
+		resp.Isolation = append(resp.Isolation, &runnerv1.IsolationFeature{Name: f.Name, Available: f.Available, Detail: f.Detail})
+	}
+	return resp, nil
+}
+
+func (h *Handler) describe(ctx context.Context) (d *Description, err error) {
+	defer h.recovered(ctx, "Describe", &err)
+	d, err = h.runner.Describe(ctx)
+	if err == nil && d == nil {
+		err = fault.New(fault.Internal, "the runner describes nothing")
+	}
+	return d, err
+}
+
+// Validate implements RunnerService.
+func (h *Handler) Validate(ctx context.Context, req *runnerv1.ValidateRequest) (*runnerv1.ValidateResponse, error) {
+	problems, err := h.validate(ctx, req)
+	if err != nil {
+		return nil, fault.ToStatus(err).Err()
+	}
+	resp := &runnerv1.ValidateResponse{}
+	for _, p := range problems {
+		resp.Problems = append(resp.Problems, &runnerv1.Problem{Path: p.Path, Message: p.Message, Mend: p.Mend, Warning: p.Warning})
+	}
+	return resp, nil
+}
+
+func (h *Handler) validate(ctx context.Context, req *runnerv1.ValidateRequest) (problems []Problem, err error) {
+	defer h.recovered(ctx, "Validate", &err)
+	s, err := newService(req.GetService())
+	if err != nil {
+		return nil, fault.New(fault.Validation, "service.%v", err)
+	}
+	if err := h.serves(s.ExecutionType); err != nil {
+		return nil, err
+	}
+	for _, o := range req.GetOperations() {
+		config, err := object(o.GetConfig())
+		if err != nil {
+			return nil, fault.New(fault.Validation, "operations.%s: %v", clip(o.GetName()), err)
+		}
+		s.Operations = append(s.Operations, Operation{Name: o.GetName(), Config: config})
+	}
+	return h.runner.Validate(ctx, s)
+}
+
+func (h *Handler) serves(executionType string) error {
+	if len(h.types) == 0 || slices.Contains(h.types, executionType) {
+		return nil
+	}
+	return fault.New(fault.Validation, "execution type %q is not served here, only %s", clip(executionType), strings.Join(h.types, ", "))
+}
+
+// recovered turns a panic of the runner into an error.
+func (h *Handler) recovered(ctx context.Context, what string, err *error) {
+	if p := recover(); p != nil {
+		h.log.LogAttrs(ctx, slog.LevelError, "the runner panicked", slog.String("in", what),
+			slog.String("panic", fmt.Sprint(p)), slog.String("stack", string(debug.Stack())))
+		*err = fault.New(fault.Internal, "the runner panicked in %s; its log has the stack", what)
+	}
+}
+
+// Execute implements RunnerService.
+func (h *Handler) Execute(stream grpc.BidiStreamingServer[runnerv1.ExecuteRequest, runnerv1.ExecuteResponse]) error {
+	ctx := stream.Context()
+	first, err := stream.Recv()
+	if err != nil {
+		return status.Error(codes.InvalidArgument, "the first message must be start")
+	}
+	start := first.GetStart()
+	if start == nil {
+		return status.Error(codes.InvalidArgument, "the first message must be start")
+	}
+	asked, err := newJob(start)
+	if err != nil {
+		return fault.ToStatus(err).Err()
+	}
+	j, sub, attached, err := h.admit(ctx, asked, start.GetLease().AsDuration())
+	if err != nil {
+		return fault.ToStatus(err).Err()
+	}
+	defer h.leave(j, sub)
+	if err := stream.Send(&runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Started{
+		Started: &runnerv1.Started{Time: timestamppb.Now(), Attached: attached},
+	}}); err != nil {
+		return err
+	}
+	go h.steer(stream, j, sub)
+	for {
+		events, end, refused := j.feed.take(sub)
+		if refused != nil {
+			return refused
+		}
+		for _, e := range events {
+			if err := stream.Send(e); err != nil {
+				return err
+			}
+		}
+		if end {
+			return nil
+		}
+		select {
+		case <-sub.wake:
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		}
+	}
+}
+
+// steer reads the commands that follow start, until the stream ends.
+func (h *Handler) steer(stream grpc.BidiStreamingServer[runnerv1.ExecuteRequest, runnerv1.ExecuteResponse], j *job, sub *subscriber) {
+	for {
+		req, err := stream.Recv()
+		if err != nil {
+			return // the client said all it had to say, or is gone, which the stream's context tells
+		}
+		switch c := req.GetCommand().(type) {
+		case *runnerv1.ExecuteRequest_Cancel:
+			if !j.feed.follows(sub) {
+				return
+			}
+			reason := cmp.Or(cut(strings.ToValidUTF8(c.Cancel.GetReason(), ""), maxDetailText), "cancelled")
+			j.cancel(fault.New(fault.Cancelled, "%s", reason))
+		case *runnerv1.ExecuteRequest_Renew:
+			// While the stream lives the lease does; it counts once the stream broke.
+		default:
+			j.feed.refuseOne(sub, status.Error(codes.InvalidArgument, "start is the first message alone"))
+			return
+		}
+	}
+}
+
+// admit finds the job to attach to, or starts it.
+func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration) (*job, *subscriber, bool, error) {
+	if err := h.serves(asked.Service.ExecutionType); err != nil {
+		return nil, nil, false, err
+	}
+	if asked.ID == "" {
+		asked.ID = uuid.NewString()
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.prune()
+	if j, ok := h.jobs[asked.ID]; ok {
+		sub, err := h.attach(j, asked, lease)
+		if sub != nil || err != nil {
+			return j, sub, true, err
+		}
+	}
+	if past, ok := h.epochs[asked.ID]; ok && asked.Epoch < past.epoch {
+		return nil, nil, false, staleEpoch(asked, past.epoch)
+	}
+	switch {
+	case h.draining:
+		return nil, nil, false, status.Error(codes.Unavailable, "the runner is shutting down and takes no new jobs")
+	case h.inFlight >= h.o.MaxConcurrency:
+		return nil, nil, false, status.Errorf(codes.ResourceExhausted, "the runner is full: all %d places are taken", h.o.MaxConcurrency)
+	}
+	if j, ok := h.jobs[asked.ID]; ok {
+		h.forget(j)
+	}
+	j := &job{job: asked, feed: &feed{}, epoch: asked.Epoch, lease: lease, running: true}
+	j.sink = &sink{feed: j.feed, mask: &masker{}}
+	// The job outlives the stream if it has a lease; it keeps the stream's trace.
+	ctx, j.cancel = context.WithCancelCause(telemetry.With(context.WithoutCancel(ctx),
+		slog.String("run_id", asked.RunID), slog.String("job_id", asked.ID)))
+	h.jobs[asked.ID] = j
+	h.inFlight++
+	h.gauge.Inc()
+	h.work.Add(1)
+	sub := j.feed.subscribe()
+	go h.run(ctx, j)
+	return j, sub, false, nil
+}
+
+// attach joins a stream to a job of the same id. Neither a subscriber nor an error means
+// that the job is to run again.
+func (h *Handler) attach(j *job, asked *Job, lease time.Duration) (*subscriber, error) {
+	if asked.Epoch < j.epoch {
+		return nil, staleEpoch(asked, j.epoch)
+	}
+	if !j.running {
+		// A success is the job's result for good. A failure is the answer to its own
+		// attempt alone: another attempt wants the work done again.
+		if j.same(asked) && (j.ok || asked.Attempt == j.job.Attempt && asked.Epoch == j.epoch) {
+			return j.feed.subscribe(), nil
+		}
+		return nil, nil
+	}
+	if j.abandoned {
+		return nil, status.Errorf(codes.Unavailable, "job %s was given up and is being ended here; try again in a moment", clip(asked.ID))
+	}
+	if !j.same(asked) {
+		return nil, status.Errorf(codes.FailedPrecondition, "job %s runs already, with another service, operation or input", clip(asked.ID))
+	}
+	if asked.Epoch > j.epoch {
+		j.feed.refuse(status.Errorf(codes.Aborted, "epoch %d took the job over", asked.Epoch))
+		j.epoch = asked.Epoch
+	}
+	j.lease = lease
+	if j.lapse != nil {
+		j.lapse.Stop()
+		j.lapse = nil
+	}
+	return j.feed.subscribe(), nil
+}
+
+func staleEpoch(asked *Job, owner int64) error {
+	return status.Errorf(codes.FailedPrecondition, "epoch %d of job %s is over: epoch %d owns it", asked.Epoch, clip(asked.ID), owner)
+}
+
+// leave takes a stream off a job. The last one leaves the lease running, or ends the job.
+func (h *Handler) leave(j *job, sub *subscriber) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if last := j.feed.unsubscribe(sub); !last || !j.running {
+		return
+	}
+	if j.lease <= 0 {
+		j.abandoned = true
+		j.cancel(fault.New(fault.Cancelled, "the caller went away"))
+		return
+	}
+	var lapse *time.Timer
+	lapse = time.AfterFunc(j.lease, func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if j.lapse == lapse && j.running {
+			j.abandoned = true
+			j.cancel(fault.New(fault.Unavailable, "the lease of %s lapsed without a word from the orchestrator", j.lease))
+		}
+	})
+	if j.lapse != nil {
+		j.lapse.Stop()
+	}
+	j.lapse = lapse
+}
+
+// run carries an attempt out.
+func (h *Handler) run(ctx context.Context, j *job) {
+	defer h.work.Done()
+	defer j.cancel(nil)
+	start := time.Now()
+	// The deadline is a context of its own, so that its cause is told from a cancellation.
+	limited, release := context.WithTimeoutCause(ctx, j.job.Timeout, fault.New(fault.Timeout, "%s", timeoutText(j.job.Timeout)))
+	defer release()
+	res, err := h.call(limited, j)
+	cause := context.Cause(limited)
+	took := time.Since(start)
+	j.sink.close()
+	fin, failure := j.finished(res, err, cause, took, h.o.Identity)
+	fin.HandedBack = errors.Is(cause, errHandedBack)
+
+	outcome := "completed"
+	if failure != nil {
+		outcome = string(failure.Code)
+		if failure.Code == fault.Internal {
+			h.log.LogAttrs(ctx, slog.LevelError, "job failed", slog.String("service", j.job.Service.Name),
+				slog.String("error", fin.GetError().GetMessage()), slog.String("cause", j.sink.clean(causeText(failure), maxErrorText)))
+		}
+	}
+	if h.log.Enabled(ctx, slog.LevelDebug) {
+		h.log.LogAttrs(ctx, slog.LevelDebug, "job ended", slog.String("service", j.job.Service.Name),
+			slog.String("operation", j.job.Operation.Name), slog.String("outcome", outcome), slog.Duration("took", took))
+	}
+	h.jobsDone.WithLabelValues(h.typeLabel(j), outcome).Inc()
+	h.duration.WithLabelValues(h.typeLabel(j)).Observe(took.Seconds())
+
+	// The place is free before the caller knows, who may use it at once.
+	h.mu.Lock()
+	h.inFlight--
+	h.gauge.Dec()
+	j.running, j.ok, j.endedAt = false, failure == nil, time.Now()
+	if j.lapse != nil {
+		j.lapse.Stop()
+	}
+	j.feed.finish(fin)
+	j.keptSize = j.feed.size() + len(j.job.Input)
+	h.kept, h.keptBytes = append(h.kept, j), h.keptBytes+j.keptSize
+	if failure != nil && cause != nil && failure.Code != fault.Timeout {
+		h.forget(j) // it was not the job that failed: sent again, it is to run
+	}
+	h.prune()
+	h.mu.Unlock()
+}
+
+func (h *Handler) call(ctx context.Context, j *job) (res *Result, err error) {
+	defer h.recovered(ctx, "Execute", &err)
+	return h.runner.Execute(ctx, j.job, j.sink)
+}
+
+// typeLabel is the execution type, which [Handler.serves] made one of a few.
+func (h *Handler) typeLabel(j *job) string {
+	if len(h.types) == 0 {
+		return "unknown"
+	}
+	return j.job.Service.ExecutionType
+}
+
+func causeText(f *fault.Error) string {
+	if f.Cause == nil {
+		return ""
+	}
+	return f.Cause.Error()
+}
+
+// prune drops what was kept long enough or is too much.
+func (h *Handler) prune() {
+	for len(h.kept) > 0 {
+		oldest := h.kept[0]
+		if len(h.kept) <= keptCount && h.keptBytes <= keptBytes && time.Since(oldest.endedAt) < keptFor {
+			return
+		}
+		h.forget(oldest)
+	}
+}
+
+// rememberEpoch keeps the epoch of a job that is kept no longer, and drops the oldest ones.
+func (h *Handler) rememberEpoch(j *job) {
+	now := time.Now()
+	past := pastEpoch{id: j.job.ID, epoch: j.epoch, at: now}
+	if old, ok := h.epochs[past.id]; ok {
+		past.epoch = max(past.epoch, old.epoch)
+	}
+	if past.epoch > 0 { // the first has none before it
+		h.epochs[past.id] = past
+		h.epochOrder = append(h.epochOrder, past)
+	}
+	for len(h.epochOrder) > 0 {
+		oldest := h.epochOrder[0]
+		if len(h.epochOrder) <= epochCount && now.Sub(oldest.at) < epochFor {
+			return
+		}
+		h.epochOrder = h.epochOrder[1:]
+		if h.epochs[oldest.id] == oldest {
+			delete(h.epochs, oldest.id)
+		}
+	}
+}
+
+func (h *Handler) forget(j *job) {
+	if i := slices.Index(h.kept, j); i >= 0 {
+		h.kept = slices.Delete(h.kept, i, i+1)
+		h.keptBytes -= j.keptSize
+	}
+	if h.jobs[j.job.ID] == j {
+		delete(h.jobs, j.job.ID)
+		h.rememberEpoch(j)
+	}
+}
+
+// errHandedBack is why the jobs end that outlast a drain.
+var errHandedBack = errors.New("handed back")
+
+// Drain takes no new jobs and waits for the running ones. When ctx ends first they are
+// cancelled as UNAVAILABLE, so that they are tried elsewhere, and Drain waits for their end.
+func (h *Handler) Drain(ctx context.Context) {
+	h.mu.Lock()
+	h.draining = true
+	h.mu.Unlock()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		h.work.Wait()
+	}()
+	select {
+	case <-done:
+		return
+	case <-ctx.Done():
+	}
+	h.mu.Lock()
+	for _, j := range h.jobs {
+		if j.running {
+			j.cancel(fault.Wrap(errHandedBack, fault.Unavailable, "the runner is shutting down; the job is handed back"))
+		}
+	}
+	h.mu.Unlock()
+	<-done
+}
+
+// Close cancels all running jobs and waits for their end.
+func (h *Handler) Close() {
+	ended, cancel := context.WithCancelCause(context.Background())
+	cancel(errors.New("closed"))
+	h.Drain(ended)
+}

@@ -1,0 +1,189 @@
+package runner
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+	"github.com/specql/mesh/pkg/fault"
+)
+
+// longestTimeout is the timeout of a job that names none; time is bounded always.
+const longestTimeout = 24 * time.Hour
+
+// job is one attempt that runs here, or that ended a short time ago.
+type job struct {
+	job    *Job
+	feed   *feed
+	sink   *sink
+	cancel context.CancelCauseFunc
+
+	// The rest is guarded by Handler.mu.
+	epoch   int64
+	lease   time.Duration
+	lapse   *time.Timer // ends the job when nobody has attached to it in time
+	running bool
+	// abandoned: nobody wants it any more, it is being ended.
+	abandoned bool
+	ok        bool // ended without an error
+	endedAt   time.Time
+	keptSize  int
+}
+
+// same tells whether the other is the same call: what an attached stream expects.
+func (j *job) same(other *Job) bool {
+	a, b := j.job, other
+	return a.Service.Name == b.Service.Name && a.Operation.Name == b.Operation.Name && a.IdempotencyKey == b.IdempotencyKey &&
+		(bytes.Equal(a.Input, b.Input) || Digest(a.Input) == Digest(b.Input))
+}
+
+// newJob reads a job from the wire.
+func newJob(p *runnerv1.Job) (*Job, error) {
+	bad := func(field, format string, args ...any) error {
+		err := fault.New(fault.Validation, "%s: %s", field, fmt.Sprintf(format, args...))
+		err.Violations = []fault.Violation{{Field: field, Description: fmt.Sprintf(format, args...)}}
+		return err
+	}
+	input, err := object(p.GetInput())
+	if err != nil {
+		return nil, bad("start.input", "%v", err)
+	}
+	if len(input) > MaxInputBytes {
+		return nil, bad("start.input", "%d bytes are more than the %d allowed; pass a reference to large data instead", len(input), MaxInputBytes)
+	}
+	if p.GetService().GetExecutionType() == "" {
+		return nil, bad("start.service.execution_type", "is missing")
+	}
+	for field, d := range map[string]*durationpb.Duration{"start.timeout": p.GetTimeout(), "start.lease": p.GetLease()} {
+		if d != nil && (d.CheckValid() != nil || d.AsDuration() < 0) {
+			return nil, bad(field, "is not a duration")
+		}
+	}
+	service, err := newService(p.GetService())
+	if err != nil {
+		return nil, bad("start.service", "%v", err)
+	}
+	config, err := object(p.GetOperation().GetConfig())
+	if err != nil {
+		return nil, bad("start.operation.config", "%v", err)
+	}
+	return &Job{
+		ID: p.GetId(), RunID: p.GetRunId(), StepPath: p.GetStepPath(), Attempt: int(p.GetAttempt()),
+		IdempotencyKey: p.GetIdempotencyKey(), Epoch: p.GetEpoch(), Service: *service,
+		Operation: Operation{Name: p.GetOperation().GetName(), Config: config},
+		Input:     input,
+		Timeout:   min(cmp.Or(p.GetTimeout().AsDuration(), longestTimeout), longestTimeout),
+		Subject:   p.GetSubject(), TenantID: p.GetTenantId(), CorrelationID: p.GetCorrelationId(),
+	}, nil
+}
+
+func newService(p *runnerv1.Service) (*Service, error) {
+	config, err := object(p.GetRunnerConfig())
+	if err != nil {
+		return nil, fmt.Errorf("runner_config: %w", err)
+	}
+	policy, err := object(p.GetSecurityPolicy())
+	if err != nil {
+		return nil, fmt.Errorf("security_policy: %w", err)
+	}
+	return &Service{Name: p.GetName(), ExecutionType: p.GetExecutionType(), Config: config, Policy: policy}, nil
+}
+
+// object checks that raw is a JSON object; empty and null count as {}.
+func object(raw []byte) (json.RawMessage, error) {
+	raw = bytes.TrimSpace(raw)
+	if len(raw) == 0 || string(raw) == "null" {
+		return json.RawMessage(`{}`), nil
+	}
+	if !json.Valid(raw) {
+		return nil, fmt.Errorf("not valid JSON")
+	}
+	if raw[0] != '{' {
+		return nil, fmt.Errorf("must be a JSON object")
+	}
+	return raw, nil
+}
+
+// finished makes the answer of an attempt, bounded and masked. cause is why the context
+// ended, nil if it did not: it goes over what the runner says, which saw only the effect.
+func (j *job) finished(res *Result, err, cause error, took time.Duration, identity string) (*runnerv1.Finished, *fault.Error) {
+	if res == nil {
+		if err == nil {
+			err = fault.New(fault.Internal, "the runner gave no result")
+		}
+		res = &Result{}
+	}
+	failure := fault.From(cmp.Or(cause, err, res.Err))
+	fin := &runnerv1.Finished{Usage: &runnerv1.ResourceUsage{}, Security: &runnerv1.SecurityContext{}}
+	if res.Usage != nil {
+		fin.Usage = proto.CloneOf(res.Usage)
+	}
+	if fin.GetUsage().DurationSeconds == nil {
+		fin.Usage.DurationSeconds = new(took.Seconds())
+	}
+	if res.Security != nil {
+		fin.Security = proto.CloneOf(res.Security)
+	}
+	for _, check := range fin.GetSecurity().GetChecks() {
+		check.Rule = j.sink.clean(check.GetRule(), maxDetailText)
+		check.Subject = j.sink.clean(check.GetSubject(), maxDetailText)
+		check.Detail = j.sink.clean(check.GetDetail(), maxDetailText)
+	}
+	fin.Security.Subject, fin.Security.TenantId, fin.Security.Runner = j.job.Subject, j.job.TenantID, identity
+	if failure == nil {
+		fin.Output, failure = j.output(res.Output)
+	}
+	if failure != nil {
+		fin.Error = failure.ToProto()
+		fin.Error.Message = j.sink.clean(failure.Message, maxErrorText)
+		if failure.RetryAfter > 0 {
+			fin.RetryAfter = durationpb.New(failure.RetryAfter)
+		}
+	}
+	return fin, failure
+}
+
+func (j *job) output(raw json.RawMessage) ([]byte, *fault.Error) {
+	if len(bytes.TrimSpace(raw)) == 0 {
+		return []byte("null"), nil
+	}
+	if len(raw) > MaxOutputBytes {
+		return nil, fault.New(fault.ResourceExceeded,
+			"the output has %d bytes, more than the %d allowed; write large data to a store and return a reference to it", len(raw), MaxOutputBytes)
+	}
+	if !json.Valid(raw) {
+		return nil, fault.New(fault.Internal, "the runner gave an output that is not JSON")
+	}
+	out, err := j.sink.mask.value(raw)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Internal, "the output could not be searched for secrets")
+	}
+	if len(out) > MaxOutputBytes { // it was written anew, and some letters take more room then
+		return nil, fault.New(fault.ResourceExceeded,
+			"the output has %d bytes once secrets are masked, more than the %d allowed; write large data to a store and return a reference to it", len(out), MaxOutputBytes)
+	}
+	return out, nil
+}
+
+func droppedText(n int64) string {
+	return fmt.Sprintf("%d log lines were dropped: the log of an attempt is bounded to %d lines and %d MiB", n, MaxLogLines, MaxLogBytes>>20)
+}
+
+func timeoutText(d time.Duration) string {
+	text := d.String()
+	if strings.HasSuffix(text, "m0s") {
+		text = strings.TrimSuffix(text, "0s")
+	}
+	if strings.HasSuffix(text, "h0m") {
+		text = strings.TrimSuffix(text, "0m")
+	}
+	return "the attempt took longer than its timeout of " + text
+}

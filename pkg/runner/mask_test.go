@@ -1,0 +1,71 @@
+package runner
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"pgregory.net/rapid"
+)
+
+// TestNoSecretSurvives: whatever a secret is and wherever it stands, it is not in the
+// masked text, and masked JSON is JSON of the same shape.
+func TestNoSecretSurvives(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		secret := rapid.StringMatching(`[^*]{4,40}`).Filter(func(s string) bool { return len(strings.TrimSpace(s)) >= shortestSecret }).Draw(t, "secret")
+		before, after := rapid.String().Draw(t, "before"), rapid.String().Draw(t, "after")
+		var m masker
+		m.add(secret)
+		require.NotContains(t, m.text(before+secret+after), secret)
+
+		raw, err := json.Marshal(map[string]any{"list": []any{before + secret + after, 1.5, nil, true}, "n": json.Number("12345678901234567890")})
+		require.NoError(t, err)
+		got, err := m.value(raw)
+		require.NoError(t, err)
+		v, err := decodeAny(got)
+		require.NoError(t, err)
+		require.NotContains(t, fmt.Sprint(v), secret)
+	})
+}
+
+func TestMaskingLeavesTheRestAlone(t *testing.T) {
+	t.Parallel()
+	var m masker
+	raw := json.RawMessage(`{ "b":1.10, "a":"x" }`)
+	got, err := m.value(raw)
+	require.NoError(t, err)
+	require.Equal(t, string(raw), string(got))
+	m.add("secret-value")
+	m.add("sec") // too short
+	m.add("")
+	got, err = m.value(raw)
+	require.NoError(t, err)
+	require.Equal(t, string(raw), string(got), "without a hit not a byte changes")
+	require.Equal(t, "a sec in ***", m.text("a sec in secret-value"))
+
+	// Hidden by escapes.
+	got, err = m.value(json.RawMessage(`{"a":"\u0073ecret-value","n":1.10}`))
+	require.NoError(t, err)
+	require.JSONEq(t, `{"a":"***","n":1.10}`, string(got))
+}
+
+func BenchmarkMask(b *testing.B) {
+	var m masker
+	m.add("sk_test_4eC39HqLyjWDarjtT1zdp7dc")
+	line := strings.Repeat("an ordinary line of a log ", 8)
+	b.SetBytes(int64(len(line)))
+	for b.Loop() {
+		m.text(line)
+	}
+}
+
+func FuzzCheckSchema(f *testing.F) {
+	f.Add([]byte(SchemaOf[sampleConfig]()), []byte(`{"base_url":"x","headers":{"a":1}}`))
+	f.Add([]byte(`{"anyOf":[{"type":"string"},{"$ref":"#"}]}`), []byte(`[]`))
+	f.Fuzz(func(_ *testing.T, schema, value []byte) {
+		CheckSchema(schema, value, "x")
+	})
+}

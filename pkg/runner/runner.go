@@ -1,0 +1,132 @@
+// Package runner is the kit that runner services are made with. A runner is a Go type that
+// implements [JobRunner]; [Serve] puts it behind a gRPC server with mutual TLS, health,
+// reflection, metrics, limits, cancellation, leases and log bounds.
+package runner
+
+import (
+	"context"
+	"encoding/json"
+	"time"
+
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+)
+
+// JobRunner carries out the calls of one or more execution types.
+//
+// Implementations are called from many goroutines at once.
+type JobRunner interface {
+	// Describe tells what the runner serves. It is called often and must be quick.
+	Describe(ctx context.Context) (*Description, error)
+	// Validate checks a service and its operations without running anything. What is wrong
+	// with the service is a Problem; an error means that the runner could not check.
+	Validate(ctx context.Context, s *Service) ([]Problem, error)
+	// Execute carries out one attempt. Work that ran and failed, or that a policy forbids, is
+	// a Result with Err set; an error means that the runner itself could not work.
+	//
+	// When ctx ends, Execute ends everything that it started, down to the last process or
+	// container, and only then returns, with what was measured; [context.Cause] tells
+	// Timeout from Cancelled, and the kit fills in Err where it is nil then.
+	Execute(ctx context.Context, job *Job, sink Sink) (*Result, error)
+}
+
+// Description is what a runner says of itself.
+type Description struct {
+	// Name of the service, such as shell-runner.
+	Name string
+	// Types served.
+	Types []Type
+	// Isolation features and whether they work here.
+	Isolation []Feature
+}
+
+// Type is one execution type. The schemas are JSON Schemas, best made by [SchemaOf].
+type Type struct {
+	// Name as in execution_type.
+	Name            string
+	ConfigSchema    json.RawMessage
+	PolicySchema    json.RawMessage
+	OperationSchema json.RawMessage
+	// DefaultMaxRetries is how often a call is repeated where the registry does not say.
+	DefaultMaxRetries int
+}
+
+// Feature is one way of holding a job.
+type Feature struct {
+	Name      string
+	Available bool
+	// Detail says why it is not available, and the mend.
+	Detail string
+}
+
+// Service is a service of the registry with its operations.
+type Service struct {
+	Name          string
+	ExecutionType string
+	// Config is the runner_config object; never empty, {} for none.
+	Config json.RawMessage
+	// Policy is the security_policy object; never empty, {} for none.
+	Policy     json.RawMessage
+	Operations []Operation
+}
+
+// Operation is an operation of a service.
+type Operation struct {
+	Name string
+	// Config holds the keys that say how the call is made; never empty, {} for none.
+	Config json.RawMessage
+}
+
+// Problem is one thing wrong in a service.
+type Problem struct {
+	// Path in the service, such as runner_config.base_url or operations.charge.path.
+	Path    string
+	Message string
+	// Mend is what to write instead.
+	Mend    string
+	Warning bool
+}
+
+// Job is one attempt of one call.
+type Job struct {
+	ID       string
+	RunID    string
+	StepPath string
+	// Attempt counts from 1.
+	Attempt        int
+	IdempotencyKey string
+	Epoch          int64
+	// Service has no Operations here.
+	Service   Service
+	Operation Operation
+	// Input is a JSON object.
+	Input json.RawMessage
+	// Timeout of the attempt; the context carries it already.
+	Timeout       time.Duration
+	Subject       string
+	TenantID      string
+	CorrelationID string
+}
+
+// Result is the outcome of an attempt.
+type Result struct {
+	// Output is a JSON value. Ignored where Err is set.
+	Output json.RawMessage
+	// Err says why the job failed: a *fault.Error, or any error, which counts as Internal.
+	Err error
+	// Usage is what was measured; a figure that was not is left nil.
+	Usage *runnerv1.ResourceUsage
+	// Security is what was checked. The kit adds subject, tenant and runner.
+	Security *runnerv1.SecurityContext
+}
+
+// Sink takes what a job says while it runs. Its methods may be called from many
+// goroutines, never block for long and may be called until Execute returns.
+type Sink interface {
+	// Log takes one line without its end. stream is stdout, stderr or runner.
+	Log(stream, line string)
+	// Usage takes a measurement.
+	Usage(u *runnerv1.ResourceUsage)
+	// Secret makes a value unreadable in everything that leaves the runner for this job:
+	// log lines, output and errors. Values under four bytes are not masked.
+	Secret(value string)
+}

@@ -1,0 +1,206 @@
+package dockerrunner
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/mount"
+	"github.com/moby/moby/client"
+	"go.opentelemetry.io/otel/propagation"
+
+	"github.com/specql/mesh/pkg/fault"
+)
+
+const (
+	// maxInputVariable is the largest input that SPECQL_INPUT also holds, in bytes.
+	maxInputVariable = 100 << 10
+	// defaultOutputQuota bounds /specql where it is a mount of the runner's, in bytes.
+	defaultOutputQuota = 16 << 20
+	// minTmpfs is the least that an in-memory directory gets, in bytes.
+	minTmpfs = 1 << 20
+)
+
+// environment is the whole environment besides what the image brings: nothing of the
+// runner's own gets in.
+func (a *attempt) environment(ctx context.Context) []string {
+	env := make([]string, 0, len(a.cfg.Environment)+8)
+	for _, name := range slices.Sorted(maps.Keys(a.cfg.Environment)) {
+		env = append(env, name+"="+string(a.cfg.Environment[name]))
+	}
+	env = append(env,
+		"SPECQL_IDEMPOTENCY_KEY="+withoutNUL(a.job.IdempotencyKey),
+		"SPECQL_JOB_ID="+withoutNUL(a.job.ID),
+		"SPECQL_RUN_ID="+withoutNUL(a.job.RunID),
+	)
+	if len(a.input) <= maxInputVariable {
+		env = append(env, "SPECQL_INPUT="+string(a.input))
+	} else {
+		env = append(env, "SPECQL_INPUT_TOO_LARGE=1")
+	}
+	carrier := propagation.MapCarrier{}
+	propagation.TraceContext{}.Inject(ctx, carrier)
+	for _, name := range slices.Sorted(maps.Keys(carrier)) {
+		env = append(env, strings.ToUpper(name)+"="+carrier[name])
+	}
+	return env
+}
+
+func withoutNUL(s string) string { return strings.ReplaceAll(s, "\x00", "") }
+
+// spec makes the container's description.
+func (a *attempt) spec(ctx context.Context, e *engine, img image, mounts []hostMount) (client.ContainerCreateOptions, error) {
+	args := a.cfg.Command
+	if a.op.Command != nil {
+		args = a.op.Command
+	}
+	written := args
+	args, err := fillArguments(args, a.input)
+	if err != nil {
+		return client.ContainerCreateOptions{}, err
+	}
+	entrypoint := a.cfg.Entrypoint
+	if len(entrypoint) == 0 {
+		entrypoint = img.entrypoint
+	}
+	if at := inputInCode(entrypoint, written, args); len(at) > 0 {
+		return client.ContainerCreateOptions{}, fault.New(fault.Validation, "command[%d]: %s; %s", at[0], inputInCodeText, inputInCodeMend)
+	}
+	if len(args)+len(a.cfg.Entrypoint) == 0 && !img.runs {
+		return client.ContainerCreateOptions{}, fault.New(fault.Validation, "the image %s names no program; give runner_config.command", a.name)
+	}
+	deadline, _ := ctx.Deadline()
+	cfg := &container.Config{
+		Hostname:     "job",
+		User:         a.cfg.User,
+		AttachStdin:  true,
+		AttachStdout: true,
+		AttachStderr: true,
+		OpenStdin:    true,
+		StdinOnce:    true,
+		Env:          a.environment(ctx),
+		Cmd:          args,
+		Entrypoint:   a.cfg.Entrypoint,
+		Image:        img.id,
+		WorkingDir:   a.cfg.WorkingDir,
+		Healthcheck:  &container.HealthConfig{Test: []string{"NONE"}},
+		Labels:       a.r.owner.labels(a.job.ID, deadline),
+	}
+	host := &container.HostConfig{
+		LogConfig:      container.LogConfig{Type: "none"}, // the attached stream is all there is
+		NetworkMode:    container.NetworkMode(a.network),
+		RestartPolicy:  container.RestartPolicy{Name: container.RestartPolicyDisabled},
+		CapDrop:        []string{"ALL"},
+		SecurityOpt:    []string{"no-new-privileges:true"},
+		ReadonlyRootfs: a.cfg.readOnly(),
+		CgroupnsMode:   container.CgroupnsModePrivate,
+		IpcMode:        container.IPCModePrivate,
+		ShmSize:        defaultTmpfs,
+		Init:           new(true), // ends orphans, and lets signals have their usual effect
+	}
+	if a.group != nil {
+		host.CgroupParent = a.group.DockerParent()
+	}
+	a.limit(&host.Resources, e)
+	host.Mounts = a.mounts(mounts)
+	if host.Tmpfs, err = a.tmpfs(img, mounts); err != nil {
+		return client.ContainerCreateOptions{}, err
+	}
+	if !a.cfg.readOnly() && a.limits.DiskMB > 0 && !a.r.storageMissing.Load() {
+		host.StorageOpt = map[string]string{"size": strconv.FormatInt(int64(a.limits.DiskMB*mebibyte), 10)}
+	}
+	return client.ContainerCreateOptions{Name: "specql-" + randomName(), Config: cfg, HostConfig: host}, nil
+}
+
+func (a *attempt) limit(r *container.Resources, e *engine) {
+	l := a.limits
+	r.PidsLimit = new(l.Processes + 1) // the init process counts as well
+	r.OomKillDisable = new(false)
+	r.Ulimits = []*container.Ulimit{{Name: "core"}}
+	if l.MemoryMB > 0 {
+		r.Memory = int64(l.MemoryMB * mebibyte)
+		r.MemorySwap = r.Memory // no swap beyond it
+	}
+	if cores := l.CPUCores; cores > 0 {
+		if e.info.NCPU > 0 {
+			cores = min(cores, float64(e.info.NCPU)) // engines refuse more than there are
+		}
+		r.NanoCPUs = int64(cores * 1e9)
+	}
+	if l.DiskMB > 0 {
+		size := int64(l.DiskMB * mebibyte)
+		r.Ulimits = append(r.Ulimits, &container.Ulimit{Name: "fsize", Soft: size, Hard: size})
+	}
+}
+
+func (a *attempt) mounts(volumes []hostMount) []mount.Mount {
+	all := make([]mount.Mount, 0, len(volumes)+1)
+	for _, v := range volumes {
+		all = append(all, mount.Mount{
+			Type: mount.TypeBind, Source: v.source, Target: v.target, ReadOnly: v.readOnly,
+			BindOptions: &mount.BindOptions{Propagation: mount.PropagationRPrivate},
+		})
+	}
+	if a.output.volume {
+		return append(all, mount.Mount{Type: mount.TypeVolume, Target: outputMount, VolumeOptions: &mount.VolumeOptions{NoCopy: true, Labels: map[string]string{labelRunner: a.r.owner.instance}}})
+	}
+	return append(all, mount.Mount{
+		Type: mount.TypeBind, Source: a.output.dir.path, Target: outputMount,
+		BindOptions: &mount.BindOptions{Propagation: mount.PropagationRPrivate},
+	})
+}
+
+// tmpfs are the in-memory directories: those of the service, /tmp where the root cannot be
+// written, and the image's own volumes, which would else be unbounded directories of the host.
+func (a *attempt) tmpfs(img image, volumes []hostMount) (map[string]string, error) {
+	taken := map[string]bool{outputMount: true}
+	for _, v := range volumes {
+		taken[v.target] = true
+	}
+	var list []tmpfs
+	for _, text := range a.cfg.Tmpfs {
+		t, err := parseTmpfs(text)
+		if err != nil {
+			return nil, fault.New(fault.Validation, "runner_config.tmpfs: %v", err)
+		}
+		list, taken[path.Clean(t.target)] = append(list, t), true
+	}
+	extra := slices.Clone(img.volumes)
+	if a.cfg.readOnly() {
+		extra = append(extra, "/tmp")
+	}
+	slices.Sort(extra)
+	for _, target := range extra {
+		target = path.Clean(target)
+		if taken[target] || !containerPath(target) || systemTarget(target) {
+			continue
+		}
+		list, taken[target] = append(list, tmpfs{target: target, bytes: defaultTmpfs}), true
+	}
+	budget := int64(a.limits.DiskMB * mebibyte)
+	mounts := make(map[string]string, len(list))
+	for i, t := range list {
+		if budget > 0 {
+			// disk_mb is for all of them; those that follow keep their least.
+			room := budget - int64(len(list)-i-1)*minTmpfs
+			if t.sized && t.bytes > room {
+				return nil, fault.New(fault.Validation, "tmpfs %s of %d MiB does not fit into resource_limits.disk_mb, %g for all", clip(t.target), t.bytes>>20, a.limits.DiskMB)
+			}
+			t.bytes = max(min(t.bytes, room), minTmpfs)
+			budget = max(budget-t.bytes, minTmpfs)
+		}
+		options := fmt.Sprintf("rw,nosuid,nodev,size=%d,mode=1777", t.bytes)
+		if !t.exec {
+			options += ",noexec"
+		} else {
+			options += ",exec"
+		}
+		mounts[path.Clean(t.target)] = options
+	}
+	return mounts, nil
+}

@@ -1,0 +1,262 @@
+package dockerrunner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	cerrdefs "github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/mount"
+	"github.com/moby/moby/api/types/system"
+	"github.com/moby/moby/client"
+
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/pkg/runner/cgroup"
+)
+
+// engine is what is known of the engine.
+type engine struct {
+	info system.Info
+	// shared: the engine sees the runner's files, so it is on this host and the runner can
+	// resolve links, read control groups and hand it directories.
+	shared bool
+	// quota: a bounded file system that the runner mounts reaches the containers.
+	quota bool
+}
+
+// reach says how far the runner can look at the paths of volumes.
+func (e *engine) reach() reach {
+	switch {
+	case e.quota:
+		return held
+	case e.shared:
+		return local
+	}
+	return distant
+}
+
+func (e *engine) security(name string) string {
+	for _, option := range e.info.SecurityOptions {
+		fields := strings.Split(option, ",")
+		if slices.Contains(fields, "name="+name) {
+			return option
+		}
+	}
+	return ""
+}
+
+// seccomp says whether the engine's default profile holds its containers.
+func (e *engine) seccomp() bool {
+	option := e.security("seccomp")
+	return option != "" && !strings.Contains(option, "profile=unconfined")
+}
+
+// cgroups says whether a parent group of the runner's making measures the containers.
+func (e *engine) cgroups() (ok bool, why string) {
+	mode, reason := cgroup.Detect()
+	switch {
+	case mode == cgroup.None:
+		return false, reason
+	case !e.shared:
+		return false, "the engine is on another host"
+	case e.security("rootless") != "":
+		return false, "the engine is rootless"
+	case e.info.CgroupDriver != "cgroupfs":
+		return false, fmt.Sprintf("the engine's cgroup driver is %q: systemd drops a job's group, with its figures, the moment that the container ends; start the engine with --exec-opt native.cgroupdriver=cgroupfs", e.info.CgroupDriver)
+	}
+	return true, ""
+}
+
+// inspectEngine asks the engine about itself, once. Finding out whether files are shared
+// takes an image, since it takes a container, which is made and never started.
+func (r *Runner) inspectEngine(ctx context.Context, imageID string) (*engine, error) {
+	if e := r.engine.Load(); e != nil {
+		return e, nil
+	}
+	r.probing.Lock()
+	defer r.probing.Unlock()
+	if e := r.engine.Load(); e != nil {
+		return e, nil
+	}
+	info, err := r.client.Info(ctx, client.InfoOptions{})
+	if err != nil {
+		return nil, engineFault(err, "ask the Docker engine about itself")
+	}
+	e := &engine{info: info.Info}
+	if e.shared, e.quota, err = r.probeFiles(ctx, imageID); err != nil {
+		return nil, err
+	}
+	if !e.seccomp() {
+		r.log.Warn("the engine runs containers without its seccomp profile")
+	}
+	r.engine.Store(e)
+	return e, nil
+}
+
+// probeFiles hands the engine a directory and looks through its eyes whether a file that lies
+// in it is there.
+func (r *Runner) probeFiles(ctx context.Context, imageID string) (shared, quota bool, err error) {
+	dir, err := r.state.newDir(1 << 20)
+	if err != nil {
+		// Without a directory of its own, the runner treats the engine as a distant one.
+		r.log.Warn("no state directory: the engine is treated as one on another host", slogError(err))
+		return false, false, nil
+	}
+	defer func() {
+		if err := dir.remove(); err != nil {
+			r.log.Warn("remove the probe directory", slogError(err))
+		}
+	}()
+	name := "probe-" + randomName()
+	if err := os.WriteFile(dir.path+"/"+name, nil, 0o600); err != nil {
+		return false, false, fmt.Errorf("write probe: %w", err)
+	}
+	created, err := r.create(ctx, client.ContainerCreateOptions{
+		Name:   "specql-" + name,
+		Config: &container.Config{Image: imageID, Cmd: []string{"probe"}, Labels: r.owner.labels("probe", time.Now().Add(time.Minute))},
+		HostConfig: &container.HostConfig{
+			NetworkMode: networkNone,
+			Mounts:      []mount.Mount{{Type: mount.TypeBind, Source: dir.path, Target: outputMount}},
+		},
+	})
+	switch {
+	case err != nil && (cerrdefs.IsInvalidArgument(err) || cerrdefs.IsNotFound(err)):
+		return false, false, nil // there is no such directory over there
+	case err != nil:
+		return false, false, engineFault(err, "make a container")
+	}
+	_, err = r.client.ContainerStatPath(ctx, created, client.ContainerStatPathOptions{Path: outputMount + "/" + name})
+	if removeErr := r.removeContainer(ctx, created); removeErr != nil {
+		return false, false, removeErr
+	}
+	if err != nil && !cerrdefs.IsNotFound(err) {
+		return false, false, engineFault(err, "look into a container")
+	}
+	return err == nil, err == nil && dir.mounted, nil
+}
+
+// features are what Describe tells. It must be quick, so the engine gets little time.
+func (r *Runner) features(ctx context.Context) []runner.Feature {
+	always := []runner.Feature{
+		{Name: "capabilities_dropped", Available: true},
+		{Name: "no_new_privileges", Available: true},
+		{Name: "private_namespaces", Available: true},
+		{Name: "read_only_root", Available: true},
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	engineFeature := runner.Feature{Name: "docker_engine", Available: true}
+	e := r.engine.Load()
+	if err := r.Ping(ctx); err != nil {
+		engineFeature.Available, engineFeature.Detail = false, fault.From(err).Message
+		return append([]runner.Feature{engineFeature}, always...)
+	}
+	known := e != nil
+	if !known {
+		info, err := r.client.Info(ctx, client.InfoOptions{})
+		if err != nil {
+			engineFeature.Available, engineFeature.Detail = false, engineFault(err, "ask the Docker engine about itself").Message
+			return append([]runner.Feature{engineFeature}, always...)
+		}
+		e = &engine{info: info.Info, shared: strings.HasPrefix(r.client.DaemonHost(), "unix://")}
+	}
+	features := append([]runner.Feature{engineFeature}, always...)
+	seccomp := runner.Feature{Name: "seccomp", Available: e.seccomp()}
+	if !seccomp.Available {
+		seccomp.Detail = "the engine was built or started without its default profile"
+	}
+	groups := runner.Feature{Name: "cgroup"}
+	if groups.Available, groups.Detail = e.cgroups(); groups.Available && r.cgroupsMissing.Load() {
+		groups.Available, groups.Detail = false, "the engine keeps its control groups elsewhere; the stats API measures instead"
+	}
+	features = append(features, seccomp, groups)
+	if known {
+		quota := runner.Feature{Name: "output_quota", Available: e.quota}
+		if !e.quota {
+			quota.Detail = "the runner cannot mount a bounded directory for " + outputMount + " that the engine sees; it takes root and the engine's own mount namespace"
+		}
+		features = append(features, quota)
+	}
+	return features
+}
+
+// create makes a container. It is not given up half-way, which could leave one behind.
+func (r *Runner) create(ctx context.Context, o client.ContainerCreateOptions) (string, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), engineTimeout)
+	defer cancel()
+	created, err := r.client.ContainerCreate(ctx, o)
+	if err == nil {
+		return created.ID, nil
+	}
+	if !cerrdefs.IsInvalidArgument(err) && !cerrdefs.IsNotFound(err) && !client.IsErrConnectionFailed(err) {
+		// The engine may have made it all the same; the name is ours alone.
+		if removeErr := r.removeContainer(ctx, o.Name); removeErr != nil {
+			r.log.Warn("remove a container that could not be made", slogError(removeErr))
+		}
+	}
+	return "", err
+}
+
+const (
+	// engineTimeout bounds a call to the engine that is to be quick.
+	engineTimeout = time.Minute
+	// removePause is the time between two tries to remove a container.
+	removePause = 50 * time.Millisecond
+)
+
+// removeContainer kills and removes a container with its anonymous volumes, and returns once
+// it is gone, whatever becomes of ctx.
+func (r *Runner) removeContainer(ctx context.Context, id string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), engineTimeout)
+	defer cancel()
+	for {
+		_, err := r.client.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
+		if err == nil || cerrdefs.IsNotFound(err) {
+			return nil
+		}
+		// A removal by another is in progress, the engine restarts, a file system is busy.
+		select {
+		case <-ctx.Done():
+			return fault.Wrap(err, fault.Unavailable, "container %s could not be removed: %s; remove it with docker rm -f", clip(id), clip(err.Error()))
+		case <-time.After(removePause):
+		}
+	}
+}
+
+func unavailable(err error) *fault.Error {
+	if strings.Contains(err.Error(), "permission denied") || errors.Is(err, os.ErrPermission) {
+		return fault.Wrap(err, fault.Unavailable, "the Docker engine's socket refuses this user; add the runner's user to the group docker, or give --docker-host another engine")
+	}
+	return fault.Wrap(err, fault.Unavailable, "no Docker engine answers; start it (systemctl start docker), or name another with --docker-host or DOCKER_HOST")
+}
+
+// engineFault gives an error of the engine its code.
+func engineFault(err error, doing string) *fault.Error {
+	if f, ok := fault.As(err); ok {
+		return f
+	}
+	text := clip(err.Error())
+	var network net.Error
+	switch {
+	case client.IsErrConnectionFailed(err), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, net.ErrClosed):
+		return unavailable(err)
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		return fault.Wrap(err, fault.Unavailable, "%s: the Docker engine did not answer in time", doing)
+	case errors.As(err, &network):
+		return unavailable(err)
+	case cerrdefs.IsInvalidArgument(err), cerrdefs.IsNotFound(err):
+		return fault.Wrap(err, fault.Validation, "%s: %s", doing, text)
+	case cerrdefs.IsUnavailable(err):
+		return fault.Wrap(err, fault.Unavailable, "%s: %s", doing, text)
+	default:
+		return fault.Wrap(err, fault.Internal, "%s: %s", doing, text)
+	}
+}

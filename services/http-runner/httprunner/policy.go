@@ -1,0 +1,348 @@
+package httprunner
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/net/idna"
+
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/runner"
+)
+
+// effective is the policy in force for a service: the registry's narrowed by the operator's
+// ceiling. Both must allow what is allowed, of limits the smaller holds.
+type effective struct {
+	digest       string
+	rules        []ruleSet
+	allowPrivate bool
+	// privateBy names the policy that forbids private networks.
+	privateBy        string
+	maxRequest       int64
+	maxResponse      int64
+	ratePerMinute    int
+	breakerThreshold int // 0: no breaker
+	breakerRecovery  time.Duration
+}
+
+// ruleSet is what one of the two policies says of targets.
+type ruleSet struct {
+	name string // where to mend: security_policy or the runner's policy
+	// envVars nil: any.
+	envVars []string
+	// domains nil: any for the ceiling, the target's own host for the registry's policy.
+	domains []string
+	ownHost bool
+	ports   []int
+}
+
+// ReadPolicy reads a policy from JSON, such as the operator's ceiling; nil for none.
+func ReadPolicy(raw json.RawMessage) (*Policy, error) {
+	if len(raw) == 0 {
+		return nil, nil // no ceiling is not an error
+	}
+	p, err := runner.Decode[Policy](raw)
+	if err != nil {
+		return nil, err // says the place already
+	}
+	wrong := problems{list: runner.CheckSchema(runner.SchemaOf[Policy](), raw, "")}
+	wrong.checkPolicy("", &p)
+	if len(wrong.list) > 0 {
+		w := wrong.list[0]
+		return nil, fault.New(fault.Validation, "%s: %s; %s", strings.TrimPrefix(w.Path, "."), w.Message, w.Mend)
+	}
+	return &p, nil
+}
+
+const (
+	registryName = "security_policy"
+	ceilingName  = "the runner's own policy (--policy)"
+)
+
+// narrow joins the two policies; ceiling may be nil. All lists are taken as checked by
+// [checkPolicy].
+func narrow(p, ceiling *Policy) *effective {
+	e := &effective{
+		digest:       digestOf(p, ceiling),
+		allowPrivate: p.AllowPrivateNetworks,
+		privateBy:    registryName,
+		maxRequest:   defaultMaxBytes,
+		maxResponse:  defaultMaxBytes,
+	}
+	e.rules = append(e.rules, ruleSet{name: registryName, domains: p.AllowedDomains, ownHost: p.AllowedDomains == nil, ports: p.AllowedPorts, envVars: p.AllowedEnvVars})
+	if p.MaxRequestSize > 0 {
+		e.maxRequest = min(p.MaxRequestSize, maxRequestBytes)
+	}
+	if p.MaxResponseSize > 0 {
+		e.maxResponse = min(p.MaxResponseSize, maxResponseBytes)
+	}
+	e.ratePerMinute = p.RateLimitPerMinute
+	e.breaker(p.CircuitBreaker)
+	if ceiling == nil {
+		return e
+	}
+	e.rules = append(e.rules, ruleSet{name: ceilingName, domains: ceiling.AllowedDomains, ports: ceiling.AllowedPorts, envVars: ceiling.AllowedEnvVars})
+	if e.allowPrivate && !ceiling.AllowPrivateNetworks {
+		e.allowPrivate, e.privateBy = false, ceilingName
+	}
+	if ceiling.MaxRequestSize > 0 {
+		e.maxRequest = min(e.maxRequest, ceiling.MaxRequestSize)
+	}
+	if ceiling.MaxResponseSize > 0 {
+		e.maxResponse = min(e.maxResponse, ceiling.MaxResponseSize)
+	}
+	if c := ceiling.RateLimitPerMinute; c > 0 && (e.ratePerMinute == 0 || c < e.ratePerMinute) {
+		e.ratePerMinute = c
+	}
+	e.breaker(ceiling.CircuitBreaker)
+	return e
+}
+
+// digestOf names a pair of policies. A list that allows nothing differs from one that is absent.
+func digestOf(p, ceiling *Policy) string {
+	type listed struct {
+		*Policy
+		Domains *[]string `json:"allowed_domains,omitempty"`
+		Ports   *[]int    `json:"allowed_ports,omitempty"`
+	}
+	shown := func(p *Policy) *listed {
+		if p == nil {
+			return nil
+		}
+		l := &listed{Policy: p}
+		if p.AllowedDomains != nil {
+			l.Domains = &p.AllowedDomains
+		}
+		if p.AllowedPorts != nil {
+			l.Ports = &p.AllowedPorts
+		}
+		return l
+	}
+	return runner.Digest(struct {
+		Policy  *listed `json:"security_policy"`
+		Ceiling *listed `json:"ceiling,omitempty"`
+	}{shown(p), shown(ceiling)})
+}
+
+func (e *effective) breaker(b *CircuitBreaker) {
+	if b == nil {
+		return
+	}
+	threshold, recovery := b.FailureThreshold, time.Duration(b.RecoveryTimeout*float64(time.Second))
+	if threshold <= 0 {
+		threshold = 5
+	}
+	if recovery <= 0 {
+		recovery = 30 * time.Second
+	}
+	if e.breakerThreshold == 0 || threshold < e.breakerThreshold {
+		e.breakerThreshold = threshold
+	}
+	e.breakerRecovery = max(e.breakerRecovery, recovery)
+}
+
+// target is a checked place to connect to.
+type target struct {
+	scheme, host string // host as normalised by [normalHost]
+	port         int
+}
+
+func (t target) origin() string {
+	host := t.host
+	if strings.Contains(host, ":") {
+		host = "[" + host + "]"
+	}
+	return t.scheme + "://" + host + ":" + strconv.Itoa(t.port)
+}
+
+// targetOf reads the target of a URL and writes the normalised host back into it, so that what
+// is checked is what is dialled.
+func targetOf(u *url.URL) (target, *fault.Error) {
+	t := target{scheme: strings.ToLower(u.Scheme)}
+	switch t.scheme {
+	case "http":
+		t.port = 80
+	case "https":
+		t.port = 443
+	default:
+		return t, fault.New(fault.Validation, "%q is not an http or https URL", clip(withoutSecrets(u)))
+	}
+	if u.User != nil {
+		return t, fault.New(fault.Validation, "the URL of %s holds a user name or password; use auth_type basic", clip(u.Hostname()))
+	}
+	if u.Opaque != "" {
+		return t, fault.New(fault.Validation, "the URL has no host; write %s://host/path", t.scheme)
+	}
+	host, err := normalHost(u.Hostname())
+	if err != nil {
+		return t, err
+	}
+	t.host = host
+	hostport := host
+	if strings.Contains(host, ":") {
+		hostport = "[" + host + "]"
+	}
+	if p := u.Port(); p != "" {
+		n, err := strconv.ParseUint(p, 10, 16)
+		if err != nil || n == 0 {
+			return t, fault.New(fault.Validation, "%q is not a port; write one of 1 to 65535", clip(p))
+		}
+		t.port = int(n)
+		hostport += ":" + strconv.FormatUint(n, 10)
+	}
+	u.Scheme, u.Host = t.scheme, hostport
+	return t, nil
+}
+
+// hostProfile maps names to their ASCII form as browsers do, but lets underscores pass, which
+// container networks use.
+var hostProfile = idna.New(idna.MapForLookup(), idna.BidiRule(), idna.StrictDomainName(false))
+
+// normalHost gives the lower-case ASCII form of a host name without the final dot, or the
+// shortest form of an IP address.
+func normalHost(host string) (string, *fault.Error) {
+	if host == "" {
+		return "", fault.New(fault.Validation, "the URL has no host")
+	}
+	if addr, err := netip.ParseAddr(host); err == nil {
+		if addr.Zone() != "" {
+			return "", fault.New(fault.Validation, "the address %q has a zone; zones are not allowed", clip(host))
+		}
+		return addr.Unmap().String(), nil
+	}
+	ascii, err := hostProfile.ToASCII(host)
+	if err != nil {
+		return "", fault.Wrap(err, fault.Validation, "%q is not a host name", clip(host))
+	}
+	ascii = strings.TrimSuffix(strings.ToLower(ascii), ".")
+	if ascii == "" || len(ascii) > 253 || strings.Contains(ascii, "..") {
+		return "", fault.New(fault.Validation, "%q is not a host name", clip(host))
+	}
+	for _, c := range []byte(ascii) {
+		switch {
+		case c >= 'a' && c <= 'z', c >= '0' && c <= '9', c == '.', c == '-', c == '_':
+		default:
+			return "", fault.New(fault.Validation, "%q is not a host name", clip(host))
+		}
+	}
+	if addr, err := netip.ParseAddr(ascii); err == nil { // full-width digits and the like
+		return addr.Unmap().String(), nil
+	}
+	return ascii, nil
+}
+
+// normalDomain is [normalHost] for an entry of allowed_domains.
+func normalDomain(entry string) (string, error) {
+	host, wild := strings.CutPrefix(entry, "*.")
+	if strings.ContainsAny(host, "*/:@?# ") {
+		if _, err := netip.ParseAddr(host); err != nil || wild {
+			return "", fmt.Errorf("%q is not a domain", clip(entry))
+		}
+	}
+	host, ferr := normalHost(host)
+	if ferr != nil {
+		return "", fmt.Errorf("%q is not a domain", clip(entry))
+	}
+	if !wild {
+		return host, nil
+	}
+	if _, err := netip.ParseAddr(host); err == nil {
+		return "", fmt.Errorf("%q: an address has no subdomains", clip(entry))
+	}
+	return "*." + host, nil
+}
+
+// domainMatches says whether an entry in normal form covers a host in normal form.
+func domainMatches(entry, host string) bool {
+	if suffix, wild := strings.CutPrefix(entry, "*"); wild {
+		return len(host) > len(suffix) && strings.HasSuffix(host, suffix)
+	}
+	return entry == host
+}
+
+// check asks both policies whether a target may be called. own is the host that the service
+// itself names, which is allowed where the registry lists no domains.
+func (e *effective) check(checks *runner.Checks, t target, own string) *fault.Error {
+	port := strconv.Itoa(t.port)
+	for _, r := range e.rules {
+		switch {
+		case r.ownHost && t.host != own:
+			return checks.Deny("allowed_domains", t.host, fmt.Sprintf("without allowed_domains only the service's own host %s may be called; list both in %s.allowed_domains", own, r.name))
+		case r.domains != nil && !slices.ContainsFunc(r.domains, func(d string) bool { return domainMatches(d, t.host) }):
+			return checks.Deny("allowed_domains", t.host, fmt.Sprintf("allowed is %s; add %q to allowed_domains of %s", list(r.domains), t.host, r.name))
+		case r.ports != nil && !slices.Contains(r.ports, t.port):
+			return checks.Deny("allowed_ports", t.host+":"+port, fmt.Sprintf("allowed is %s; add %s to allowed_ports of %s", list(r.ports), port, r.name))
+		}
+	}
+	checks.Allow("allowed_domains", t.host)
+	if slices.ContainsFunc(e.rules, func(r ruleSet) bool { return r.ports != nil }) {
+		checks.Allow("allowed_ports", t.host+":"+port)
+	}
+	return nil
+}
+
+// checkEnvVar asks both policies whether a variable of the runner may be read.
+func (e *effective) checkEnvVar(checks *runner.Checks, variable string) *fault.Error {
+	listed := false
+	for _, r := range e.rules {
+		if r.envVars == nil {
+			continue
+		}
+		listed = true
+		if !slices.ContainsFunc(r.envVars, func(entry string) bool { return envVarMatches(entry, variable) }) {
+			return checks.Deny("allowed_env_vars", variable, fmt.Sprintf("allowed is %s; add %q to allowed_env_vars of %s", list(r.envVars), variable, r.name))
+		}
+	}
+	if listed {
+		checks.Allow("allowed_env_vars", variable)
+	}
+	return nil
+}
+
+// envVarMatches says whether an entry of allowed_env_vars, a name or PREFIX_*, covers a variable.
+func envVarMatches(entry, variable string) bool {
+	if prefix, wild := strings.CutSuffix(entry, "*"); wild {
+		return strings.HasPrefix(variable, prefix)
+	}
+	return entry == variable
+}
+
+// list writes the first entries of a list.
+func list[T any](entries []T) string {
+	if len(entries) == 0 {
+		return "nothing"
+	}
+	var b strings.Builder
+	for i, x := range entries {
+		if i == 10 {
+			fmt.Fprintf(&b, " and %d more", len(entries)-i)
+			break
+		}
+		if i > 0 {
+			b.WriteString(", ")
+		}
+		fmt.Fprint(&b, x)
+	}
+	return b.String()
+}
+
+// withoutSecrets writes a URL without user name, query and fragment.
+func withoutSecrets(u *url.URL) string {
+	plain := url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath}
+	return plain.String()
+}
+
+// clip shortens hostile text for a message.
+func clip(s string) string {
+	const most = 200
+	if len(s) <= most {
+		return s
+	}
+	return strings.ToValidUTF8(s[:most], "") + "…"
+}

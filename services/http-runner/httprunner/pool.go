@@ -1,0 +1,203 @@
+package httprunner
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+const (
+	dialTimeout     = 10 * time.Second
+	idleTimeout     = 30 * time.Second
+	maxHeaderBytes  = 256 << 10
+	maxIdlePerHost  = 128
+	maxIdleConns    = 512
+	keepAlivePeriod = 15 * time.Second
+)
+
+// addressError says that the address of a connection is one that the policy forbids.
+type addressError struct {
+	address string
+	what    string
+	never   bool // no policy allows it
+}
+
+func (e *addressError) Error() string { return fmt.Sprintf("%s is a %s address", e.address, e.what) }
+
+// newTransport makes a connection pool. All that is checked when connecting depends on
+// allowPrivate alone, so that the connections of a pool may be shared by all services whose
+// policies agree on it.
+func newTransport(allowPrivate bool, o *Options) *http.Transport {
+	dialer := &net.Dialer{
+		Timeout:   dialTimeout,
+		KeepAlive: keepAlivePeriod,
+		Resolver:  o.Resolver,
+		// The address is checked here, after the name was resolved and on what is connected to:
+		// a name that resolves to another address the next time does not pass.
+		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
+			return checkAddress(address, allowPrivate)
+		},
+	}
+	return &http.Transport{
+		Proxy: nil, // a proxy of the environment would connect in our place, unchecked
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := dialer.DialContext(ctx, network, address)
+			if err != nil {
+				return nil, err // classified by the caller
+			}
+			return &countedConn{Conn: c}, nil
+		},
+		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: o.RootCAs},
+		TLSHandshakeTimeout:    dialTimeout,
+		ForceAttemptHTTP2:      true,
+		MaxIdleConns:           maxIdleConns,
+		MaxIdleConnsPerHost:    maxIdlePerHost,
+		IdleConnTimeout:        idleTimeout,
+		MaxResponseHeaderBytes: maxHeaderBytes,
+	}
+}
+
+func checkAddress(address string, allowPrivate bool) error {
+	ap, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return &addressError{address: address, what: "malformed", never: true}
+	}
+	if what := neverAddress(ap.Addr()); what != "" {
+		return &addressError{address: address, what: what, never: true}
+	}
+	if allowPrivate {
+		return nil
+	}
+	if what := privateAddress(ap.Addr()); what != "" {
+		return &addressError{address: address, what: what}
+	}
+	return nil
+}
+
+// traffic counts the bytes of one attempt on the wire, TLS and headers included.
+type traffic struct {
+	received, sent atomic.Int64
+}
+
+// countedConn counts its bytes for whoever uses it now. HTTP/1 gives a connection to one
+// request at a time.
+type countedConn struct {
+	net.Conn
+
+	mu     sync.Mutex
+	owner  *traffic
+	before traffic // bytes before the first owner: the TLS handshake
+}
+
+// own makes t the owner; it takes over what was counted before there was one.
+func (c *countedConn) own(t *traffic) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.owner == nil {
+		t.received.Add(c.before.received.Swap(0))
+		t.sent.Add(c.before.sent.Swap(0))
+	}
+	c.owner = t
+}
+
+func (c *countedConn) counter() *traffic {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.owner == nil {
+		return &c.before
+	}
+	return c.owner
+}
+
+func (c *countedConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if n > 0 {
+		c.counter().received.Add(int64(n))
+	}
+	return n, err // net/http compares these
+}
+
+func (c *countedConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	if n > 0 {
+		c.counter().sent.Add(int64(n))
+	}
+	return n, err // net/http compares these
+}
+
+// meter watches the requests of one attempt.
+type meter struct {
+	wire traffic
+	mu   sync.Mutex
+	// addresses connected to, in order.
+	addresses []string
+	connected bool
+	// shared says that a connection carried other requests at the same time (HTTP/2), so that
+	// its bytes are nobody's.
+	shared bool
+	wrote  bool
+}
+
+func (m *meter) trace(ctx context.Context) context.Context {
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(info httptrace.GotConnInfo) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			m.connected = true
+			if a := info.Conn.RemoteAddr(); a != nil {
+				m.addresses = append(m.addresses, a.String())
+			}
+			conn := info.Conn
+			if t, ok := conn.(*tls.Conn); ok {
+				if t.ConnectionState().NegotiatedProtocol == "h2" {
+					m.shared = true
+					return
+				}
+				conn = t.NetConn()
+			}
+			counted, ok := conn.(*countedConn)
+			if !ok {
+				m.shared = true
+				return
+			}
+			counted.own(&m.wire)
+		},
+		WroteRequest: func(info httptrace.WroteRequestInfo) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			m.wrote = m.wrote || info.Err == nil
+		},
+	})
+}
+
+// connections gives the addresses connected to since the last call.
+func (m *meter) connections() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	a := m.addresses
+	m.addresses = nil
+	return a
+}
+
+// begin forgets whether a request was written.
+func (m *meter) begin() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.wrote = false
+}
+
+// snapshot says what was seen: whether the bytes of wire are this attempt's alone, and whether
+// a request was written.
+func (m *meter) snapshot() (measured, wrote bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.connected && !m.shared, m.wrote
+}

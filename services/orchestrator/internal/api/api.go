@@ -1,0 +1,168 @@
+// Package api answers the gRPC services of the orchestrator: one file an RPC, protos on one
+// side and the engine, the store and the registry on the other. No SQL and no runner stubs.
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/spec"
+	"github.com/specql/mesh/services/orchestrator/internal/engine"
+	"github.com/specql/mesh/services/orchestrator/internal/registry"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+)
+
+// Bounds of requests.
+const (
+	maxName     = 255
+	maxWorkflow = 1 << 20
+	maxWait     = time.Hour
+	maxDocument = spec.MaxFileBytes
+	maxEntities = 1000
+	// maxViolations bounds how many problems one answer lists.
+	maxViolations = 100
+	// maxViolationBytes bounds their text.
+	maxViolationBytes = 4 << 10
+	// maxAnswer is about how many bytes of payloads one run's answer holds.
+	maxAnswer = 8 << 20
+)
+
+// Store is what the API reads.
+type Store interface {
+	Run(ctx context.Context, id string) (*store.Run, error)
+	RunByKey(ctx context.Context, tenantID, key string) (*store.Run, error)
+	Jobs(ctx context.Context, runID string, after int64) ([]*store.Job, error)
+	Runs(ctx context.Context, f store.RunFilter) ([]*store.Run, error)
+	EntityRow(ctx context.Context, e *spec.Entity, id string) (map[string]any, error)
+}
+
+// Runners are asked by ListRunners.
+type Runners interface {
+	ExecutionTypes() []string
+	Address(executionType string) string
+	Describe(ctx context.Context, executionType string) (*runnerv1.DescribeResponse, error)
+}
+
+// Orchestrator answers OrchestratorService.
+type Orchestrator struct {
+	specqlv1.UnimplementedOrchestratorServiceServer
+	Engine   *engine.Engine
+	Store    Store
+	Registry *registry.Registry
+	Logger   *slog.Logger
+}
+
+// Registry answers RegistryService.
+type Registry struct {
+	specqlv1.UnimplementedRegistryServiceServer
+	Registry *registry.Registry
+	Runners  Runners
+	Logger   *slog.Logger
+}
+
+// violations gathers what is wrong with a request.
+type violations []fault.Violation
+
+func (v *violations) add(field, format string, args ...any) {
+	*v = append(*v, fault.Violation{Field: field, Description: fmt.Sprintf(format, args...)})
+}
+
+func (v *violations) name(field, value string) {
+	if len(value) > maxName {
+		v.add(field, "has %d bytes; at most %d are taken", len(value), maxName)
+	}
+}
+
+// err is INVALID_ARGUMENT with every violation, nil for none.
+func (v violations) err() error {
+	if len(v) == 0 {
+		return nil
+	}
+	f := fault.New(fault.Validation, "%s: %s", v[0].Field, v[0].Description)
+	if strings.HasPrefix(v[0].Description, v[0].Field+":") {
+		f.Message = v[0].Description // a place in the document that the field holds
+	}
+	if len(v) > 1 {
+		f.Message += fmt.Sprintf(" (and %d more)", len(v)-1)
+	}
+	// They travel in the trailers of the answer, of which clients take 8 KiB at least.
+	room := maxViolationBytes
+	for i := range v {
+		if room -= len(v[i].Field) + len(v[i].Description); room < 0 && i > 0 {
+			f.Violations = v[:i]
+			return f
+		}
+	}
+	f.Violations = v
+	return f
+}
+
+func notFound(kind, name, mend string) error {
+	msg := fmt.Sprintf("there is no %s %q", kind, name)
+	if mend != "" {
+		msg += "; " + mend
+	}
+	st, err := status.New(codes.NotFound, msg).WithDetails(&errdetails.ResourceInfo{ResourceType: kind, ResourceName: name})
+	if err != nil {
+		return status.Error(codes.NotFound, msg)
+	}
+	return st.Err()
+}
+
+// runError says what a store's error about a run means to the caller.
+func runError(err error, id, state string) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, store.ErrNotFound):
+		return notFound("run", id, "`specql runs list` shows those there are")
+	case errors.Is(err, store.ErrState):
+		return status.Error(codes.FailedPrecondition, state)
+	case errors.Is(err, store.ErrClosed):
+		return fault.New(fault.Unavailable, "the orchestrator is shutting down")
+	}
+	return err
+}
+
+// get reads a run with its jobs.
+func (o *Orchestrator) get(ctx context.Context, id string) (*specqlv1.Run, error) {
+	run, err := o.Store.Run(ctx, id)
+	if err != nil {
+		return nil, runError(err, id, "")
+	}
+	jobs, err := o.Store.Jobs(ctx, id, 0)
+	if err != nil {
+		return nil, fmt.Errorf("read the jobs of run %s: %w", id, err)
+	}
+	out := runProto(run)
+	budget := maxAnswer
+	for _, j := range jobs {
+		size := len(j.Input) + len(j.Output)
+		if size > budget {
+			// Watchers get each by itself.
+			c := *j
+			c.Input, c.Output = nil, nil
+			p := jobProto(&c)
+			p.PayloadsOmitted = true
+			out.Jobs = append(out.Jobs, p)
+			continue
+		}
+		budget -= size
+		out.Jobs = append(out.Jobs, jobProto(j))
+	}
+	for _, s := range o.Engine.Waiting(id) {
+		out.Waiting = append(out.Waiting, stepProto(s))
+	}
+	return out, nil
+}

@@ -1,0 +1,29 @@
+package api
+
+import (
+	"context"
+
+	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+)
+
+const maxReason = 4096
+
+// CancelRun implements OrchestratorService.
+func (o *Orchestrator) CancelRun(ctx context.Context, req *specqlv1.CancelRunRequest) (*specqlv1.CancelRunResponse, error) {
+	if err := checkID(req.GetId()); err != nil {
+		return nil, err
+	}
+	if len(req.GetReason()) > maxReason {
+		var v violations
+		v.add("reason", "has %d bytes; at most %d are taken", len(req.GetReason()), maxReason)
+		return nil, v.err()
+	}
+	if err := o.Engine.Cancel(ctx, req.GetId(), req.GetReason()); err != nil {
+		return nil, runError(err, req.GetId(), "the run has ended already")
+	}
+	run, err := o.get(ctx, req.GetId())
+	if err != nil {
+		return nil, err
+	}
+	return &specqlv1.CancelRunResponse{Run: run}, nil
+}

@@ -1,0 +1,41 @@
+package api
+
+import (
+	"google.golang.org/grpc"
+
+	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/services/orchestrator/internal/engine"
+)
+
+// WatchRun implements OrchestratorService.
+func (o *Orchestrator) WatchRun(req *specqlv1.WatchRunRequest, stream grpc.ServerStreamingServer[specqlv1.WatchRunResponse]) error {
+	if err := checkID(req.GetId()); err != nil {
+		return err
+	}
+	if req.GetAfterSequence() < 0 {
+		var v violations
+		v.add("after_sequence", "must not be negative")
+		return v.err()
+	}
+	err := o.Engine.Watch(stream.Context(), req.GetId(), req.GetAfterSequence(), req.GetLogs(), func(ev *engine.Event) error {
+		m := &specqlv1.WatchRunResponse{Sequence: ev.Sequence, Time: timeProto(ev.Time)}
+		switch {
+		case ev.Run != nil:
+			run := runProto(ev.Run)
+			for _, s := range o.Engine.Waiting(ev.Run.ID) {
+				run.Waiting = append(run.Waiting, stepProto(s))
+			}
+			m.Event = &specqlv1.WatchRunResponse_Run{Run: run}
+		case ev.Job != nil:
+			m.Event = &specqlv1.WatchRunResponse_Job{Job: jobProto(ev.Job)}
+		case ev.Log != nil:
+			l := ev.Log
+			m.Event = &specqlv1.WatchRunResponse_Log{Log: &specqlv1.LogLine{
+				JobId: l.JobID, StepPath: l.StepPath, Attempt: int32(l.Attempt), //nolint:gosec // bounded
+				Line: l.Line, Stream: l.Stream, Text: l.Text,
+			}}
+		}
+		return stream.Send(m)
+	})
+	return runError(err, req.GetId(), "")
+}

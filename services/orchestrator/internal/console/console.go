@@ -1,0 +1,132 @@
+// Package console shows runs in a browser: read-only pages made on the server, with no
+// script and nothing from elsewhere.
+package console
+
+import (
+	"context"
+	"embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"html/template"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+)
+
+//go:embed *.html
+var pages embed.FS
+
+// Store is what the console reads.
+type Store interface {
+	Run(ctx context.Context, id string) (*store.Run, error)
+	Jobs(ctx context.Context, runID string, after int64) ([]*store.Job, error)
+	Runs(ctx context.Context, f store.RunFilter) ([]*store.Run, error)
+}
+
+const pageSize = 100
+
+// New makes the console's handler.
+func New(s Store, logger *slog.Logger) (http.Handler, error) {
+	t, err := template.New("").Funcs(template.FuncMap{
+		"ago": func(t time.Time) string {
+			if t.IsZero() {
+				return ""
+			}
+			return t.Local().Format("2006-01-02 15:04:05")
+		},
+		"took": func(from, to time.Time) string {
+			if from.IsZero() || to.IsZero() {
+				return ""
+			}
+			return to.Sub(from).Round(time.Millisecond).String()
+		},
+		"json": func(raw json.RawMessage) string {
+			if len(raw) > 16<<10 {
+				return string(raw[:16<<10]) + "…"
+			}
+			return string(raw)
+		},
+	}).ParseFS(pages, "*.html")
+	if err != nil {
+		return nil, fmt.Errorf("read the console's pages: %w", err)
+	}
+	h := &handler{store: s, logger: logger, pages: t}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /{$}", h.runs)
+	mux.HandleFunc("GET /runs/{id}", h.run)
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	return guard(mux), nil
+}
+
+type handler struct {
+	store  Store
+	logger *slog.Logger
+	pages  *template.Template
+}
+
+// guard keeps pages of other origins from reading, framing or scripting these.
+func guard(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// A name that somebody else's DNS points here is a page of theirs that reads ours.
+		host := r.Host
+		if h, _, err := net.SplitHostPort(host); err == nil {
+			host = h
+		}
+		if ip := net.ParseIP(strings.Trim(host, "[]")); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+			http.Error(w, "the console answers to localhost and loopback addresses alone", http.StatusMisdirectedRequest)
+			return
+		}
+		w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		w.Header().Set("Referrer-Policy", "no-referrer")
+		next.ServeHTTP(w, r)
+	})
+}
+
+func (h *handler) runs(w http.ResponseWriter, r *http.Request) {
+	runs, err := h.store.Runs(r.Context(), store.RunFilter{Limit: pageSize, Before: r.URL.Query().Get("before")})
+	if err != nil {
+		h.fail(w, err)
+		return
+	}
+	next := ""
+	if len(runs) == pageSize {
+		next = runs[len(runs)-1].ID
+	}
+	h.page(w, "runs.html", map[string]any{"Runs": runs, "Next": next})
+}
+
+func (h *handler) run(w http.ResponseWriter, r *http.Request) {
+	run, err := h.store.Run(r.Context(), r.PathValue("id"))
+	if errors.Is(err, store.ErrNotFound) {
+		http.Error(w, "there is no such run", http.StatusNotFound)
+		return
+	}
+	if err != nil {
+		h.fail(w, err)
+		return
+	}
+	jobs, err := h.store.Jobs(r.Context(), run.ID, 0)
+	if err != nil {
+		h.fail(w, err)
+		return
+	}
+	h.page(w, "run.html", map[string]any{"Run": run, "Jobs": jobs, "Live": !run.Status.Final()})
+}
+
+func (h *handler) page(w http.ResponseWriter, name string, data any) {
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	if err := h.pages.ExecuteTemplate(w, name, data); err != nil {
+		h.logger.Warn("a console page broke off", "page", name, "error", err)
+	}
+}
+
+func (h *handler) fail(w http.ResponseWriter, err error) {
+	h.logger.Error("the console could not read the store", "error", err)
+	http.Error(w, "the store did not answer; the orchestrator's log has the cause", http.StatusInternalServerError)
+}

@@ -1,0 +1,334 @@
+package engine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"time"
+
+	"github.com/google/uuid"
+
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/services/orchestrator/internal/plan"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+)
+
+// Outcome is how an attempt ended.
+type Outcome struct {
+	// Output is a JSON value where Err is nil.
+	Output   json.RawMessage
+	Err      *fault.Error
+	Usage    *runnerv1.ResourceUsage
+	Security *runnerv1.SecurityContext
+	// Unknown says that nobody can tell whether the call took effect.
+	Unknown bool
+}
+
+// call carries out a call, or takes its recorded result, and then what follows it.
+func (r *run) call(ctx context.Context, n *plan.Call, f *frame) error {
+	key := f.of(n)
+	job, err := r.job(ctx, n, f, key)
+	if err != nil {
+		return err
+	}
+	res := &result{err: job.Err}
+	if job.Status == store.Completed {
+		if res.output, err = decode(job.Output); err != nil {
+			return fault.Wrap(err, fault.Internal, "%s: the recorded output is damaged", key)
+		}
+	} else if res.err == nil {
+		res.err = fault.New(fault.Internal, "the job ended as %s without an error", job.Status)
+	}
+	r.mu.Lock()
+	r.results[key] = res
+	r.mu.Unlock()
+	if job.Status == store.Cancelled {
+		// Nobody handles a cancelled call: the run was cancelled, or another branch failed and,
+		// where this is a replay, fails again.
+		if cause := context.Cause(ctx); cause != nil {
+			return cause
+		}
+		return &siblingError{}
+	}
+	if res.err == nil {
+		return r.sequence(ctx, n.OnSuccess, f)
+	}
+	if n.Handled {
+		return r.sequence(ctx, n.OnFailure, f)
+	}
+	failed := *res.err
+	failed.Message = fmt.Sprintf("%s (%s.%s): %s", key, n.Service.Name, n.Operation.Name, res.err.Message)
+	return &failed
+}
+
+// job returns the job of a call once it has ended.
+func (r *run) job(ctx context.Context, n *plan.Call, f *frame, key string) (*store.Job, error) {
+	r.mu.Lock()
+	old := r.jobs[key]
+	retries := r.state.Retries
+	r.mu.Unlock()
+	if old != nil {
+		again := old.Generation < retries && (old.Status == store.Cancelled || (old.Status == store.Failed && !n.Handled))
+		if old.Status.Final() && !again {
+			return old, nil
+		}
+		if !old.Status.Final() {
+			job := *old
+			if len(job.Input) == 0 {
+				job.Input = json.RawMessage("{}")
+			}
+			return r.resumeJob(ctx, n, &job)
+		}
+	}
+	job, err := r.newJob(n, f, key, old)
+	if err != nil {
+		return nil, err
+	}
+	if job.Status.Final() {
+		r.noteJob(job, true)
+		return job, r.flush(ctx)
+	}
+	r.noteJob(job, true)
+	return r.attempts(ctx, n, job)
+}
+
+// newJob makes the job of a call. One whose input is wrong has failed already.
+func (r *run) newJob(n *plan.Call, f *frame, key string, old *store.Job) (*store.Job, error) {
+	id, err := uuid.NewV7()
+	if err != nil {
+		return nil, fmt.Errorf("make a job id: %w", err)
+	}
+	now := r.e.Clock.Now()
+	retries := 0
+	if n.MaxRetries != nil {
+		retries = *n.MaxRetries
+	} else {
+		retries = r.e.Dispatcher.DefaultMaxRetries(n.Service.ExecutionType)
+	}
+	timeout := n.Timeout
+	if timeout <= 0 {
+		timeout = DefaultTimeout
+	}
+	r.mu.Lock()
+	state := r.state
+	many := len(r.jobs) >= MaxJobs
+	r.mu.Unlock()
+	if many {
+		return nil, fault.New(fault.Validation, "%s: a run makes at most %d calls", key, MaxJobs)
+	}
+	job := &store.Job{
+		ID: id.String(), RunID: r.id, StepPath: key, Generation: state.Retries, IdempotencyKey: id.String(),
+		Service: n.Service.Name, Operation: n.Operation.Name, ExecutionType: n.Service.ExecutionType,
+		RunnerConfig: n.RunnerConfig, Status: store.Running, Attempts: 1, MaxAttempts: 1 + max(0, retries), Timeout: timeout,
+		TenantID: state.TenantID, TriggeredBy: state.Subject, CorrelationID: state.CorrelationID,
+		EntityType: state.Entity, EntityPK: state.EntityID, CreatedAt: now, StartedAt: now,
+	}
+	// A call of which nobody knows whether it took effect keeps its key, so that the target can tell.
+	if old != nil && unknown(old.Err) {
+		job.IdempotencyKey = old.IdempotencyKey
+	}
+	refuse := func(err *fault.Error) (*store.Job, error) {
+		job.Status, job.Err, job.Attempts, job.CompletedAt = store.Failed, err, 0, now
+		job.StartedAt = time.Time{}
+		return job, nil
+	}
+	var input any = map[string]any{}
+	if n.Input != nil {
+		if input, err = r.eval(n.Input, f); err != nil {
+			return refuse(fault.Wrap(err, fault.Validation, "input: %v", err))
+		}
+	}
+	if input == nil {
+		input = map[string]any{}
+	}
+	object, ok := input.(map[string]any)
+	if !ok {
+		return refuse(fault.New(fault.Validation, "input has to be an object and is %s", kind(input)))
+	}
+	if n.Operation.Input != nil {
+		object = n.Operation.Input.ApplyDefaults(object)
+	}
+	if job.Input, err = json.Marshal(object); err != nil {
+		return refuse(fault.Wrap(err, fault.Validation, "the input is not JSON: %v", err))
+	}
+	if len(job.Input) > MaxPayload {
+		size := len(job.Input)
+		job.Input = nil
+		return refuse(fault.New(fault.Validation, "the input has %d bytes; at most %d are sent", size, MaxPayload))
+	}
+	if depth(job.Input) > MaxNesting {
+		job.Input = nil
+		return refuse(fault.New(fault.Validation, "the input is nested deeper than %d", MaxNesting))
+	}
+	if n.Operation.Input != nil {
+		if vs := n.Operation.Input.Validate(object); len(vs) > 0 {
+			e := fault.New(fault.Validation, "input: %s", vs[0].String())
+			for _, v := range vs {
+				e.Violations = append(e.Violations, fault.Violation{Field: "input." + v.Path, Description: v.Message})
+			}
+			if len(vs) > 1 {
+				e.Message += fmt.Sprintf(" (and %d more)", len(vs)-1)
+			}
+			return refuse(e)
+		}
+	}
+	return job, nil
+}
+
+// unknown says whether an error leaves open if the call took effect.
+func unknown(e *fault.Error) bool {
+	if e == nil {
+		return false
+	}
+	switch e.Code {
+	case fault.Timeout, fault.Unavailable, fault.Cancelled, fault.Internal:
+		return true
+	case fault.Validation, fault.PolicyViolation, fault.RateLimited, fault.BudgetExceeded,
+		fault.ResourceExceeded, fault.RemoteError, fault.Disabled:
+	}
+	return false
+}
+
+// resumeJob goes on with a job that had begun before this walk. The attempt that was in
+// flight may have taken effect; it is repeated with the same key.
+func (r *run) resumeJob(ctx context.Context, n *plan.Call, job *store.Job) (*store.Job, error) {
+	now := r.e.Clock.Now()
+	if job.NextAttemptAt.After(now) {
+		if err := r.doze(ctx, job.NextAttemptAt.Sub(now)); err != nil {
+			return r.ended(ctx, job, err, nil)
+		}
+	} else {
+		job.Attempts++
+	}
+	job.NextAttemptAt, job.Err = time.Time{}, nil
+	r.noteJob(job, false)
+	return r.attempts(ctx, n, job)
+}
+
+// attempts makes the job's attempts until one ends it. What was noted before the first is
+// durable before it begins.
+func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*store.Job, error) {
+	defer func() {
+		if job.Status.Final() {
+			r.e.JobEnded(job.ExecutionType, job.Status, job.CompletedAt.Sub(job.StartedAt))
+		}
+	}()
+	usage := restoreUsage(job)
+	for {
+		if err := r.flush(ctx); err != nil {
+			return r.ended(ctx, job, err, nil)
+		}
+		if r.e.drain.Err() != nil {
+			return nil, ErrHandBack
+		}
+		began := r.e.Clock.Now()
+		snapshot := *job
+		out := r.e.Dispatcher.Execute(ctx, &Call{Job: &snapshot, Node: n, Epoch: r.epoch(), Subject: job.TriggeredBy},
+			func(line int64, stream, text string, at time.Time) { r.log(&snapshot, line, stream, text, at) })
+		usage = addUsage(usage, out.Usage, r.e.Clock.Now().Sub(began), job.Attempts)
+		job.ResourceUsage = protoJSON(usage)
+		if out.Security != nil {
+			job.SecurityContext = protoJSON(out.Security)
+		}
+		if out.Err == nil {
+			out.Err = r.checkOutput(n, out.Output)
+		}
+		if out.Err == nil {
+			job.Status, job.Output, job.Err, job.CompletedAt = store.Completed, out.Output, nil, r.e.Clock.Now()
+			r.noteJob(job, false)
+			return job, nil
+		}
+		out.Err.Attempts = job.Attempts
+		out.Err.Message = clip(out.Err.Message, maxMessage)
+		if cause := context.Cause(ctx); cause != nil {
+			return r.ended(ctx, job, cause, out.Err)
+		}
+		if !out.Err.Retryable || job.Attempts >= job.MaxAttempts {
+			job.Status, job.Err, job.CompletedAt = store.Failed, out.Err, r.e.Clock.Now()
+			r.noteJob(job, false)
+			return job, nil
+		}
+		pause := backoff(n.Retry.BackoffFactor, job.Attempts, out.Err.RetryAfter)
+		r.log(&snapshot, 0, "runner", fmt.Sprintf("attempt %d failed: %s; the next one begins in %s", job.Attempts, out.Err, pause.Round(time.Millisecond)), r.e.Clock.Now())
+		job.Attempts++
+		job.Err, job.NextAttemptAt = out.Err, r.e.Clock.Now().Add(pause)
+		r.noteJob(job, false)
+		if err := r.flush(ctx); err != nil {
+			return r.ended(ctx, job, err, out.Err)
+		}
+		if err := r.doze(ctx, pause); err != nil {
+			return r.ended(ctx, job, err, out.Err)
+		}
+		job.NextAttemptAt, job.Err = time.Time{}, nil
+	}
+}
+
+func (r *run) epoch() int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.state.Epoch
+}
+
+// ended is the end of a job because its walk ends: cancelled, unless the run is handed back.
+func (r *run) ended(ctx context.Context, job *store.Job, cause error, err *fault.Error) (*store.Job, error) {
+	if asked := context.Cause(ctx); asked != nil {
+		cause = asked
+	}
+	r.mu.Lock()
+	lost := r.lost
+	r.mu.Unlock()
+	if lost != nil || errors.Is(cause, ErrHandBack) {
+		return nil, ErrHandBack
+	}
+	job.Status, job.CompletedAt = store.Cancelled, r.e.Clock.Now()
+	job.Err = fault.New(fault.Cancelled, "%s", cause.Error())
+	if err != nil {
+		job.Err.Attempts = err.Attempts
+	}
+	r.noteJob(job, false)
+	return job, nil
+}
+
+func (r *run) checkOutput(n *plan.Call, output json.RawMessage) *fault.Error {
+	if len(output) > MaxPayload {
+		return fault.New(fault.Validation, "the output has %d bytes; at most %d are kept", len(output), MaxPayload)
+	}
+	if depth(output) > MaxNesting {
+		return fault.New(fault.Validation, "the output is nested deeper than %d", MaxNesting)
+	}
+	v, err := decode(output)
+	if err != nil {
+		return fault.Wrap(err, fault.Validation, "output: %v", err)
+	}
+	if n.Operation.Output == nil {
+		return nil
+	}
+	vs := n.Operation.Output.Validate(v)
+	if len(vs) == 0 {
+		return nil
+	}
+	e := fault.New(fault.Validation, "output: %s", vs[0].String())
+	if len(vs) > 1 {
+		e.Message += fmt.Sprintf(" (and %d more)", len(vs)-1)
+	}
+	return e
+}
+
+// backoff is the pause before the attempt after n: exponential with full jitter, and never
+// shorter than the target asked for.
+// https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+func backoff(factor float64, n int, retryAfter time.Duration) time.Duration {
+	if factor < 1 {
+		factor = 2
+	}
+	ceiling := float64(time.Second) * math.Pow(factor, float64(n-1))
+	if ceiling > float64(MaxBackoff) || math.IsNaN(ceiling) {
+		ceiling = float64(MaxBackoff)
+	}
+	d := time.Duration(rand.Float64() * ceiling) //nolint:gosec // jitter needs no secrecy
+	return max(d, min(retryAfter, MaxRetryAfter))
+}

@@ -1,0 +1,516 @@
+// Package engine walks plans. It writes every step that it starts or finishes into a journal,
+// and recovers by replay: a run is always walked from its start, and a step with a recorded
+// result takes that result. First execution, retry and recovery are this one path.
+package engine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/services/orchestrator/internal/plan"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+)
+
+// Bounds of a run.
+const (
+	// MaxPayload is the most bytes of JSON that an input, an output or a signal may have.
+	MaxPayload = 4 << 20
+	// MaxNesting is how deep JSON may be nested.
+	MaxNesting = 200
+	// MaxJobs is the most calls that one run may make.
+	MaxJobs = 100_000
+	// MaxIterations is the most items that a foreach may have.
+	MaxIterations = 10_000
+	// DefaultTimeout of an attempt, where neither call, operation nor service has one.
+	DefaultTimeout = 5 * time.Minute
+	// MaxBackoff is the longest pause between two attempts that the engine chooses itself.
+	MaxBackoff = time.Minute
+	// MaxRetryAfter is the longest pause that a target may ask for.
+	MaxRetryAfter = time.Hour
+	// maxMessage bounds the text of a job's error, in bytes.
+	maxMessage = 16 << 10
+)
+
+// Journal makes records durable.
+type Journal interface {
+	// Append returns when the record is durable, or with the error of [store.Store.Commit].
+	Append(ctx context.Context, r *store.Record) error
+	// AppendLogs takes lines to be stored soon, without waiting for it; it waits for room.
+	AppendLogs(ctx context.Context, lines []*store.LogLine) error
+	// Flush returns when lines taken before can be read from the store.
+	Flush(ctx context.Context) error
+}
+
+// Reader is what the engine reads from the store, and the few writes that do not belong to a walk.
+type Reader interface {
+	Run(ctx context.Context, id string) (*store.Run, error)
+	History(ctx context.Context, id string) (*store.History, error)
+	Jobs(ctx context.Context, runID string, after int64) ([]*store.Job, error)
+	Logs(ctx context.Context, runID string, after int64, limit int) ([]*store.LogLine, error)
+	Claim(ctx context.Context, owner string, limit int) ([]*store.Run, error)
+	ClaimRun(ctx context.Context, owner, runID string) (*store.Run, error)
+	RequestCancel(ctx context.Context, runID, reason string) error
+	AddSignal(ctx context.Context, s *store.Signal) error
+}
+
+// Plans finds the plan that a run began with.
+type Plans interface {
+	Plan(ctx context.Context, r *store.Run) (*plan.Plan, error)
+}
+
+// Dispatcher carries calls to runners.
+type Dispatcher interface {
+	// Execute carries out one attempt. It returns when the attempt has ended and nothing of
+	// it is left: when ctx is cancelled, only once the runner has said so, or cannot be reached.
+	// With a cause of [ErrHandBack] it lets go of the attempt without ending it.
+	Execute(ctx context.Context, c *Call, sink LogSink) *Outcome
+	// DefaultMaxRetries of an execution type.
+	DefaultMaxRetries(executionType string) int
+}
+
+// Call is one attempt of one job.
+type Call struct {
+	Job     *store.Job
+	Node    *plan.Call
+	Epoch   int64
+	Subject string
+}
+
+// LogSink takes lines of a job.
+type LogSink func(line int64, stream, text string, at time.Time)
+
+// Clock tells the time and waits.
+type Clock interface {
+	Now() time.Time
+	// Sleep waits for d or until ctx ends, and then returns its cause.
+	Sleep(ctx context.Context, d time.Duration) error
+}
+
+// SystemClock is the machine's clock.
+type SystemClock struct{}
+
+// Now implements Clock. Databases keep microseconds.
+func (SystemClock) Now() time.Time { return time.Now().UTC().Truncate(time.Microsecond) }
+
+// Sleep implements Clock.
+func (SystemClock) Sleep(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return context.Cause(ctx)
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// ErrHandBack ends a walk without ending the run: another owner, or this one after a
+// restart, goes on with it.
+var ErrHandBack = errors.New("the run is handed back")
+
+// Options of an engine.
+type Options struct {
+	Journal    Journal
+	Store      Reader
+	Plans      Plans
+	Dispatcher Dispatcher
+	Clock      Clock
+	Logger     *slog.Logger
+	// Owner names this orchestrator in the store.
+	Owner string
+	// MaxRuns is how many runs are walked at once, sleeping ones not counted.
+	MaxRuns int
+	// RunEnded and JobEnded are told of ends, for metrics. May be nil.
+	RunEnded func(status store.Status)
+	JobEnded func(executionType string, status store.Status, took time.Duration)
+}
+
+// Engine walks runs.
+type Engine struct {
+	Options
+	hub   *hub
+	slots *slots
+
+	mu       sync.Mutex
+	runs     map[string]*run
+	draining bool
+	drain    context.Context // ends when draining begins
+	endDrain context.CancelFunc
+	base     context.Context
+	stop     context.CancelCauseFunc
+	wg       sync.WaitGroup
+}
+
+// New makes an engine. Close ends it.
+func New(o Options) *Engine {
+	if o.Clock == nil {
+		o.Clock = SystemClock{}
+	}
+	if o.MaxRuns <= 0 {
+		o.MaxRuns = 10_000
+	}
+	if o.RunEnded == nil {
+		o.RunEnded = func(store.Status) {}
+	}
+	if o.JobEnded == nil {
+		o.JobEnded = func(string, store.Status, time.Duration) {}
+	}
+	e := &Engine{
+		Options: o, hub: newHub(), slots: newSlots(o.MaxRuns), runs: map[string]*run{},
+	}
+	e.drain, e.endDrain = context.WithCancel(context.Background())
+	e.base, e.stop = context.WithCancelCause(context.Background())
+	return e
+}
+
+// StartRequest is what a run begins with.
+type StartRequest struct {
+	Plan *plan.Plan
+	// Snapshot is the digest under which Plans finds the plan again.
+	Snapshot string
+	// Action is the name that the run shows.
+	Action string
+	// EntityID and Row are the entity's row; Insert says that the row is new.
+	EntityID string
+	Row      map[string]any
+	Insert   bool
+	// Input with its defaults filled in, already checked.
+	Input          map[string]any
+	IdempotencyKey string
+	CorrelationID  string
+	TenantID       string
+	Subject        string
+}
+
+// Start begins a run and returns when it is durable. A *store.DuplicateError names the
+// first run with the same idempotency key.
+func (e *Engine) Start(ctx context.Context, req *StartRequest) (*store.Run, error) {
+	input, err := json.Marshal(req.Input)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Validation, "the input is not JSON")
+	}
+	if len(input) > MaxPayload {
+		return nil, fault.New(fault.Validation, "the input has %d bytes; at most %d are taken", len(input), MaxPayload)
+	}
+	id, err := uuid.NewV7()
+	if err != nil {
+		return nil, fmt.Errorf("make a run id: %w", err)
+	}
+	now := e.Clock.Now()
+	row := &store.Run{
+		ID: id.String(), Action: req.Action, EntityID: req.EntityID, Status: store.Pending, Input: input,
+		Snapshot: req.Snapshot, IdempotencyKey: req.IdempotencyKey, CorrelationID: req.CorrelationID,
+		TenantID: req.TenantID, Subject: req.Subject, Owner: e.Owner, Epoch: 1, CreatedAt: now,
+	}
+	if req.Plan.Entity != nil {
+		row.Entity, row.EntitySchema = req.Plan.Entity.Name, req.Plan.Entity.Schema
+	}
+	if depth(input) > MaxNesting {
+		return nil, fault.New(fault.Validation, "the input is nested deeper than %d", MaxNesting)
+	}
+	// A walk reads what a replay will read.
+	decoded, err := decodeObject(input)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Validation, "the input is not JSON")
+	}
+	var entityRow map[string]any
+	if req.Row != nil {
+		if row.EntityRow, err = json.Marshal(req.Row); err != nil {
+			return nil, fault.Wrap(err, fault.Internal, "the row of %s is not JSON", row.Entity)
+		}
+		if entityRow, err = decodeObject(row.EntityRow); err != nil {
+			return nil, fault.Wrap(err, fault.Internal, "the row of %s is not JSON", row.Entity)
+		}
+	}
+	rec := &store.Record{RunID: row.ID, Epoch: row.Epoch, Create: row}
+	if req.Insert {
+		rec.InsertRow = &store.EntityRow{Schema: row.EntitySchema, Entity: row.Entity, ID: row.EntityID, Values: req.Row}
+	}
+	if !e.slots.tryAcquire() {
+		return e.enqueue(ctx, rec)
+	}
+	row.Status, row.StartedAt = store.Running, now
+	r := newRun(e, row, req.Plan)
+	r.input, r.entityRow = decoded, entityRow
+	if err := e.register(r); err != nil {
+		r.stop(nil)
+		e.slots.release()
+		return nil, err
+	}
+	r.mu.Lock()
+	r.next.rec.Create, r.next.rec.InsertRow = rec.Create, rec.InsertRow
+	r.next.dirty = true
+	first := r.next
+	r.mu.Unlock()
+	go r.walk()
+	select {
+	case <-first.done:
+		if first.err != nil {
+			return nil, first.err
+		}
+		return r.row(), nil
+	case <-ctx.Done():
+		// The run goes on; the caller finds it by its idempotency key.
+		return nil, context.Cause(ctx)
+	}
+}
+
+// enqueue keeps a run for later: every slot is taken.
+func (e *Engine) enqueue(ctx context.Context, rec *store.Record) (*store.Run, error) {
+	e.mu.Lock()
+	draining := e.draining
+	e.mu.Unlock()
+	if draining {
+		return nil, errDraining()
+	}
+	if err := e.Journal.Append(ctx, rec); err != nil {
+		return nil, err
+	}
+	e.resume(rec.RunID)
+	out := *rec.Create
+	return &out, nil
+}
+
+func errDraining() error {
+	return fault.New(fault.Unavailable, "this orchestrator is shutting down; ask another one, or again later")
+}
+
+// register makes a run known and takes a place in the wait group for its walk.
+func (e *Engine) register(r *run) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.draining {
+		return errDraining()
+	}
+	if _, ok := e.runs[r.id]; ok {
+		return fault.New(fault.Unavailable, "run %s is just ending; ask again", r.id)
+	}
+	e.runs[r.id] = r
+	e.wg.Add(1)
+	return nil
+}
+
+// resume walks a stored run as soon as there is a slot.
+func (e *Engine) resume(id string) {
+	e.slots.onFree(func() {
+		e.mu.Lock()
+		if e.draining {
+			e.mu.Unlock()
+			e.slots.release()
+			return
+		}
+		e.wg.Add(1)
+		e.mu.Unlock()
+		go func() {
+			defer e.wg.Done()
+			e.load(id, false)
+		}()
+	})
+}
+
+// load reads a run and walks it. The caller holds a slot, which the walk gives back.
+func (e *Engine) load(id string, retry bool) {
+	r := newRun(e, &store.Run{ID: id}, nil)
+	if err := e.register(r); err != nil {
+		r.stop(nil)
+		e.slots.release()
+		return
+	}
+	err := r.restore(e.base, retry)
+	if err == nil {
+		r.walk()
+		return
+	}
+	e.forget(r)
+	e.slots.release()
+	if errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrFenced) || errors.Is(err, errEnded) {
+		return
+	}
+	e.Logger.Error("a run could not be loaded; it is tried again", "run_id", id, "error", err)
+	e.retryLater(id)
+}
+
+// retryLater resumes a run after a pause, for when the database did not answer.
+func (e *Engine) retryLater(id string) {
+	e.mu.Lock()
+	if e.draining {
+		e.mu.Unlock()
+		return
+	}
+	e.wg.Add(1)
+	e.mu.Unlock()
+	go func() {
+		defer e.wg.Done()
+		if e.Clock.Sleep(e.drain, time.Second) == nil {
+			e.resume(id)
+		}
+	}()
+}
+
+func (e *Engine) forget(r *run) {
+	r.stop(nil)
+	e.mu.Lock()
+	if e.runs[r.id] == r {
+		delete(e.runs, r.id)
+	}
+	e.mu.Unlock()
+	close(r.gone)
+	e.wg.Done()
+}
+
+func (e *Engine) running(id string) *run {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.runs[id]
+}
+
+// Walking is how many runs are being walked.
+func (e *Engine) Walking() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.runs)
+}
+
+// Recover takes over the runs that nobody walks and returns how many there were.
+func (e *Engine) Recover(ctx context.Context) (int, error) {
+	n := 0
+	for {
+		runs, err := e.Store.Claim(ctx, e.Owner, 500)
+		if err != nil {
+			return n, fmt.Errorf("claim runs: %w", err)
+		}
+		if len(runs) == 0 {
+			return n, nil
+		}
+		for _, r := range runs {
+			e.resume(r.ID)
+		}
+		n += len(runs)
+	}
+}
+
+// Cancel ends a run and returns when it has ended and nothing of it is left.
+func (e *Engine) Cancel(ctx context.Context, id, reason string) error {
+	if err := e.Store.RequestCancel(ctx, id, reason); err != nil {
+		return err
+	}
+	if r := e.running(id); r != nil {
+		r.cancel(reason)
+	} else {
+		e.endQueued(id)
+	}
+	return e.Wait(ctx, id)
+}
+
+// endQueued ends a cancelled run that waits for a slot: it needs none for that.
+func (e *Engine) endQueued(id string) {
+	r := newRun(e, &store.Run{ID: id}, nil)
+	r.slotless = true
+	if e.register(r) != nil {
+		r.stop(nil)
+		return // it is being walked, and finds the request there
+	}
+	go func() {
+		if err := r.restore(e.base, false); err != nil {
+			e.forget(r)
+			return
+		}
+		r.walk()
+	}()
+}
+
+// Retry goes on with a failed or cancelled run from the step that failed.
+func (e *Engine) Retry(ctx context.Context, id string) error {
+	// A caller that goes away must not leave a run that nobody walks.
+	ctx = context.WithoutCancel(ctx)
+	if walking := e.running(id); walking != nil {
+		row, err := e.Store.Run(ctx, id)
+		if err != nil {
+			return err
+		}
+		if !row.Status.Final() {
+			return store.ErrState
+		}
+		<-walking.gone // its end is written: only the walk's own end is left
+	}
+	r := newRun(e, &store.Run{ID: id}, nil)
+	if err := e.register(r); err != nil {
+		r.stop(nil)
+		return err
+	}
+	if _, err := e.Store.ClaimRun(ctx, e.Owner, id); err != nil {
+		e.forget(r)
+		return err
+	}
+	if err := r.restore(ctx, true); err != nil {
+		e.forget(r)
+		return err
+	}
+	if err := r.flush(ctx); err != nil {
+		e.forget(r)
+		return err
+	}
+	e.slots.onFree(func() { go r.walk() })
+	return nil
+}
+
+// Signal gives a run a signal.
+func (e *Engine) Signal(ctx context.Context, id, name string, payload json.RawMessage) error {
+	s := &store.Signal{RunID: id, Name: name, Payload: payload, CreatedAt: e.Clock.Now()}
+	if err := e.Store.AddSignal(ctx, s); err != nil {
+		return err
+	}
+	if r := e.running(id); r != nil {
+		r.deliver(s)
+	}
+	return nil
+}
+
+// Wait returns when a run has ended.
+func (e *Engine) Wait(ctx context.Context, id string) error {
+	return e.Watch(ctx, id, 0, false, func(*Event) error { return nil })
+}
+
+// Waiting returns the steps other than calls that hold a run up now.
+func (e *Engine) Waiting(id string) []*store.Step {
+	r := e.running(id)
+	if r == nil {
+		return nil
+	}
+	return r.waiting()
+}
+
+// Close begins no new step, lets the calls in flight end until ctx ends, hands the rest
+// back, and returns when everything has stopped.
+func (e *Engine) Close(ctx context.Context) {
+	e.mu.Lock()
+	if !e.draining {
+		e.draining = true
+		e.endDrain()
+	}
+	e.mu.Unlock()
+	done := make(chan struct{})
+	go func() {
+		e.wg.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		e.stop(ErrHandBack)
+		<-done
+	}
+	e.stop(ErrHandBack)
+	e.hub.close()
+}

@@ -1,0 +1,693 @@
+package engine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/services/orchestrator/internal/plan"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+)
+
+// errEnded: a run that was to be resumed has ended.
+var errEnded = errors.New("the run has ended")
+
+// cancelledError is the cause of a walk that was cancelled on request.
+type cancelledError struct{ reason string }
+
+func (e *cancelledError) Error() string {
+	if e.reason == "" {
+		return "cancelled on request"
+	}
+	return "cancelled on request: " + e.reason
+}
+
+// run is one walk of a run.
+type run struct {
+	e    *Engine
+	id   string
+	plan *plan.Plan
+	ctx  context.Context
+	stop context.CancelCauseFunc
+	gone chan struct{} // closed when the engine has forgotten the walk
+
+	mu     sync.Mutex
+	state  store.Run
+	input  map[string]any
+	jobs   map[string]*store.Job  // latest generation by key
+	steps  map[string]*store.Step // latest generation by key
+	active map[string]*store.Step
+	// results are outputs and errors of calls, and payloads of signals, by key.
+	results map[string]*result
+	counts  map[string]int // iterations of a foreach, by key
+	// entityRow is the row as the run sees it.
+	entityRow map[string]any
+	signals   []*store.Signal
+	signalled chan struct{} // closed and replaced at each arrival
+
+	// lost is why the journal took no record; the walk ends and someone else goes on.
+	lost error
+	// fatal is why the database will never take a record; the run fails with it. refused are
+	// the jobs whose states it held, true for those that it began.
+	fatal   *fault.Error
+	refused map[*store.Job]bool
+
+	// The append in progress and the one that gathers meanwhile.
+	next     *batch
+	inflight *batch
+	held     []*Event // log lines that wait for the append in progress
+
+	// live branches, those of them that sleep, and whether the slot was given back.
+	live, asleep int
+	slotless     bool
+}
+
+// batch is a record in the making.
+type batch struct {
+	rec    *store.Record
+	dirty  bool
+	wanted bool
+	done   chan struct{}
+	err    error
+	// what to tell watchers once it is durable
+	jobs   []*store.Job
+	jobSet map[string]int
+	row    store.Run
+	// rowErr says that the entity's table refused the row; the rest was written.
+	rowErr error
+}
+
+// result is what a call or a signal gave.
+type result struct {
+	output any
+	err    *fault.Error
+}
+
+func newRun(e *Engine, row *store.Run, p *plan.Plan) *run {
+	r := &run{
+		e: e, id: row.ID, plan: p, state: *row, jobs: map[string]*store.Job{}, steps: map[string]*store.Step{},
+		active: map[string]*store.Step{}, results: map[string]*result{}, counts: map[string]int{},
+		signalled: make(chan struct{}), gone: make(chan struct{}), live: 1, refused: map[*store.Job]bool{},
+	}
+	r.ctx, r.stop = context.WithCancelCause(withTrace(e.base, row.ID))
+	r.next = r.newBatch()
+	return r
+}
+
+// withTrace puts a run's trace on a context: its id is the run's, so that every replay
+// carries on the same trace, and calls carry it to their targets.
+func withTrace(ctx context.Context, runID string) context.Context {
+	id, err := uuid.Parse(runID)
+	if err != nil {
+		return ctx
+	}
+	var span trace.SpanID
+	copy(span[:], id[8:])
+	return trace.ContextWithSpanContext(ctx, trace.NewSpanContext(trace.SpanContextConfig{
+		TraceID: trace.TraceID(id), SpanID: span, TraceFlags: trace.FlagsSampled,
+	}))
+}
+
+func (r *run) newBatch() *batch {
+	return &batch{
+		rec: &store.Record{RunID: r.id, Epoch: r.state.Epoch}, done: make(chan struct{}), jobSet: map[string]int{},
+	}
+}
+
+// row returns a copy of the run's row.
+func (r *run) row() *store.Run {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := r.state
+	return &out
+}
+
+// restore reads a run from the store; retry sets a failed one to running again.
+func (r *run) restore(ctx context.Context, retry bool) error {
+	h, err := r.e.Store.History(ctx, r.id)
+	if err != nil {
+		return err
+	}
+	if h.Run.Status.Final() && !retry {
+		return errEnded
+	}
+	if h.Run.Owner != r.e.Owner {
+		return store.ErrFenced
+	}
+	p, err := r.e.Plans.Plan(ctx, h.Run)
+	if err != nil {
+		return fmt.Errorf("make the plan of run %s: %w", r.id, err)
+	}
+	input, err := decodeObject(h.Run.Input)
+	if err != nil {
+		return fmt.Errorf("read the input of run %s: %w", r.id, err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.plan, r.state, r.input = p, *h.Run, input
+	if len(h.Run.EntityRow) > 0 {
+		if r.entityRow, err = decodeObject(h.Run.EntityRow); err != nil {
+			return fmt.Errorf("read the entity row of run %s: %w", r.id, err)
+		}
+	}
+	for _, j := range h.Jobs {
+		if old := r.jobs[j.StepPath]; old == nil || old.Generation <= j.Generation {
+			r.jobs[j.StepPath] = j
+		}
+		r.state.Sequence = max(r.state.Sequence, j.Sequence)
+	}
+	for _, s := range h.Steps {
+		if old := r.steps[s.StepPath]; old == nil || old.Generation <= s.Generation {
+			r.steps[s.StepPath] = s
+		}
+		r.state.Sequence = max(r.state.Sequence, s.Sequence)
+	}
+	known := map[int64]bool{}
+	for _, s := range h.Signals {
+		known[s.ID] = true
+	}
+	for _, s := range r.signals {
+		if !known[s.ID] {
+			h.Signals = append(h.Signals, s)
+		}
+	}
+	r.signals = h.Signals
+	// Log lines of the walk before may have had sequences above the last record's.
+	r.state.Sequence += 2 * store.MaxLogLines
+	r.next = r.newBatch()
+	now := r.e.Clock.Now()
+	switch {
+	case retry:
+		r.state.Status, r.state.Retries = store.Running, r.state.Retries+1
+		r.state.Output, r.state.Err, r.state.CompletedAt = nil, nil, time.Time{}
+		r.state.CancelRequested, r.state.CancelReason = false, ""
+		r.next.rec.Run = &store.RunChange{Status: store.Running, Retry: true}
+		r.next.dirty = true
+	case r.state.Status == store.Pending:
+		r.state.Status, r.state.StartedAt = store.Running, now
+		r.next.rec.Run = &store.RunChange{Status: store.Running, StartedAt: now}
+		r.next.dirty = true
+	}
+	if r.state.CancelRequested {
+		r.stop(&cancelledError{r.state.CancelReason})
+	}
+	return nil
+}
+
+func (r *run) cancel(reason string) { r.stop(&cancelledError{reason}) }
+
+func (r *run) deliver(s *store.Signal) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, have := range r.signals {
+		if have.ID == s.ID {
+			return
+		}
+	}
+	r.signals = append(r.signals, s)
+	close(r.signalled)
+	r.signalled = make(chan struct{})
+}
+
+func (r *run) waiting() []*store.Step {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := make([]*store.Step, 0, len(r.active))
+	for _, s := range r.active {
+		c := *s
+		out = append(out, &c)
+	}
+	return out
+}
+
+// noteJob adds a job's state to the next record.
+func (r *run) noteJob(j *store.Job, isNew bool) {
+	c := *j
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.jobs[j.StepPath] = j
+	b := r.next
+	b.dirty = true
+	if i, ok := b.jobSet[c.ID]; ok {
+		*b.jobs[i] = c // the record holds this very pointer
+		return
+	}
+	b.jobSet[c.ID] = len(b.jobs)
+	b.jobs = append(b.jobs, &c)
+	if isNew {
+		b.rec.NewJobs = append(b.rec.NewJobs, &c)
+	} else {
+		b.rec.ChangedJobs = append(b.rec.ChangedJobs, &c)
+	}
+}
+
+// noteStep adds a step's state to the next record.
+func (r *run) noteStep(s *store.Step) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.noteStepLocked(s)
+}
+
+// noteStepLocked is noteStep with r.mu held.
+func (r *run) noteStepLocked(s *store.Step) {
+	c := *s
+	r.steps[s.StepPath] = s
+	if s.Status == store.Running {
+		r.active[s.StepPath] = &c
+	} else {
+		delete(r.active, s.StepPath)
+	}
+	for i, have := range r.next.rec.Steps {
+		if have.StepPath == c.StepPath && have.Generation == c.Generation {
+			r.next.rec.Steps[i] = &c
+			return
+		}
+	}
+	r.next.rec.Steps = append(r.next.rec.Steps, &c)
+	r.next.dirty = true
+}
+
+// note changes the next record.
+func (r *run) note(f func(rec *store.Record)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	f(r.next.rec)
+	r.next.dirty = true
+}
+
+// flush makes everything noted so far durable. Appends of one run follow each other: while
+// one is in progress, what all branches note meanwhile gathers in the next.
+func (r *run) flush(ctx context.Context) error {
+	r.mu.Lock()
+	if r.lost != nil {
+		err := fmt.Errorf("%w: %w", ErrHandBack, r.lost)
+		r.mu.Unlock()
+		return err
+	}
+	b := r.next
+	if !b.dirty {
+		if r.inflight == nil {
+			r.mu.Unlock()
+			return nil
+		}
+		b = r.inflight
+	} else {
+		b.wanted = true
+		if r.inflight == nil {
+			r.inflight = r.take()
+			go r.appendLoop()
+		}
+	}
+	r.mu.Unlock()
+	select {
+	case <-b.done:
+		return b.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// take closes the record that gathers: its parts get their sequences. r.mu is held.
+func (r *run) take() *batch {
+	b := r.next
+	next := func() int64 { r.state.Sequence++; return r.state.Sequence }
+	for _, j := range b.jobs {
+		j.Sequence = next()
+	}
+	for _, s := range b.rec.Steps {
+		s.Sequence = next()
+	}
+	if b.rec.Create != nil || b.rec.Run != nil {
+		next()
+	}
+	b.rec.Sequence = r.state.Sequence
+	b.rec.Epoch = r.state.Epoch
+	if b.rec.Create != nil {
+		b.rec.Create.Sequence = r.state.Sequence
+	}
+	b.row = r.state
+	r.next = r.newBatch()
+	return b
+}
+
+// refusedForGood tells a record that the database will never take from one that it could
+// not take now.
+func refusedForGood(err error) bool {
+	if err == nil || errors.Is(err, store.ErrFenced) || errors.Is(err, store.ErrClosed) {
+		return false
+	}
+	if _, dup := errors.AsType[*store.DuplicateError](err); dup {
+		return false
+	}
+	_, rule := fault.As(err)
+	return rule || errors.Is(err, store.ErrRefused) || errors.Is(err, store.ErrState) || errors.Is(err, store.ErrNotFound)
+}
+
+// append appends a batch. A row that its table refuses does not hold back what else the
+// record says: the step that set it fails, and the calls that ended have ended.
+func (r *run) append(b *batch) error {
+	// The journal decides how long to go on trying; the walk's end does not undo a write.
+	ctx := context.WithoutCancel(r.ctx)
+	err := r.e.Journal.Append(ctx, b.rec)
+	if !refusedForGood(err) || b.rec.UpdateRow == nil {
+		return err
+	}
+	b.rowErr = err
+	b.rec.UpdateRow = nil
+	b.rec.Steps = slices.DeleteFunc(b.rec.Steps, func(s *store.Step) bool { return s.Kind == stepUpdate })
+	return r.e.Journal.Append(ctx, b.rec)
+}
+
+// appendLoop appends the batch in progress, and those that are wanted by then.
+func (r *run) appendLoop() {
+	for {
+		r.mu.Lock()
+		b := r.inflight
+		r.mu.Unlock()
+		b.err = r.append(b)
+		r.mu.Lock()
+		held := r.held
+		r.held = nil
+		if b.err == nil {
+			r.publishBatch(b)
+		} else {
+			r.fail(b)
+		}
+		r.e.hub.publish(r.id, held...)
+		r.inflight = nil
+		more := r.next.wanted && r.lost == nil
+		var failed *batch
+		if more {
+			r.inflight = r.take()
+		} else if r.next.wanted {
+			failed = r.next
+			r.next = r.newBatch()
+		}
+		r.mu.Unlock()
+		close(b.done)
+		if failed != nil {
+			failed.err = b.err
+			close(failed.done)
+		}
+		if !more {
+			return
+		}
+	}
+}
+
+// fail ends the walk because a batch was not written. r.mu is held.
+func (r *run) fail(b *batch) {
+	if !refusedForGood(b.err) || b.rec.Create != nil {
+		r.lost = b.err
+		r.stop(fmt.Errorf("%w: %w", ErrHandBack, b.err))
+		return
+	}
+	isNew := map[*store.Job]bool{}
+	for _, j := range b.rec.NewJobs {
+		isNew[j] = true
+	}
+	for _, j := range b.jobs {
+		r.refused[j] = isNew[j]
+	}
+	r.fatal = fault.Wrap(b.err, fault.Internal, "the database does not take what the run holds: %v", b.err)
+	r.stop(r.fatal)
+}
+
+// publishBatch tells watchers what has become durable. r.mu is held.
+func (r *run) publishBatch(b *batch) {
+	if !r.e.hub.watched(r.id) {
+		return
+	}
+	now := r.e.Clock.Now()
+	events := make([]*Event, 0, len(b.jobs)+1)
+	for _, j := range b.jobs {
+		events = append(events, &Event{Sequence: j.Sequence, Time: now, Job: j})
+	}
+	if b.rec.Create != nil || b.rec.Run != nil || len(b.rec.Steps) > 0 {
+		events = append(events, &Event{Sequence: b.rec.Sequence, Time: now, Run: &b.row})
+	}
+	r.e.hub.publish(r.id, events...)
+}
+
+// log takes a line of a job: it is told to watchers in order and stored in a while.
+func (r *run) log(j *store.Job, line int64, stream, text string, at time.Time) {
+	r.mu.Lock()
+	r.state.Sequence++
+	l := &store.LogLine{
+		RunID: r.id, Sequence: r.state.Sequence, JobID: j.ID, StepPath: j.StepPath, Attempt: j.Attempts,
+		Line: line, Stream: stream, Text: text, Time: at,
+	}
+	ev := &Event{Sequence: l.Sequence, Time: at, Log: l}
+	if r.inflight != nil {
+		r.held = append(r.held, ev)
+	} else {
+		r.e.hub.publish(r.id, ev)
+	}
+	r.mu.Unlock()
+	if err := r.e.Journal.AppendLogs(r.ctx, []*store.LogLine{l}); err != nil && r.ctx.Err() == nil {
+		r.e.Logger.Warn("a log line was not stored", "run_id", r.id, "job_id", j.ID, "line", line, "error", err)
+	}
+}
+
+// walk walks the run to its end. The caller holds a slot and the run is registered.
+func (r *run) walk() {
+	defer r.e.forget(r)
+	defer r.stop(nil)
+	defer func() {
+		r.mu.Lock()
+		slotless := r.slotless
+		r.mu.Unlock()
+		if !slotless {
+			r.e.slots.release()
+		}
+	}()
+	err := r.protect(r.body)
+	if r.handedBack(err) {
+		return
+	}
+	r.conclude(err)
+}
+
+// protect turns a panic into an error: a defect met by one run must not end the others.
+func (r *run) protect(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			r.e.Logger.Error("a walk panicked", "run_id", r.id, "panic", p, "stack", string(debug.Stack()))
+			err = fault.New(fault.Internal, "the orchestrator met a defect in this run; its log has the cause")
+		}
+	}()
+	return f()
+}
+
+// conclude writes the run's end. Where the database does not take it, it is written without
+// the payloads that it refused, and at last alone.
+func (r *run) conclude(err error) {
+	output, err := r.output(err)
+	r.endLeftovers()
+	for try := range 3 {
+		r.mu.Lock()
+		change := &store.RunChange{CompletedAt: r.e.Clock.Now()}
+		asked, cancelled := errors.AsType[*cancelledError](context.Cause(r.ctx))
+		switch {
+		case r.fatal != nil:
+			change.Status, change.Err = store.Failed, r.fatal
+		case err == nil:
+			change.Status, change.Output = store.Completed, output
+		case cancelled:
+			change.Status, change.Err = store.Cancelled, fault.New(fault.Cancelled, "%s", asked.Error())
+		default:
+			change.Status, change.Err = store.Failed, fault.From(err)
+		}
+		if try == 0 && r.next.rec.Run != nil {
+			change.StartedAt, change.Retry = r.next.rec.Run.StartedAt, r.next.rec.Run.Retry
+		}
+		refused := r.refused
+		r.refused = map[*store.Job]bool{}
+		r.mu.Unlock()
+		if try == 1 {
+			for j, isNew := range refused {
+				bare := *j
+				bare.Input, bare.Output, bare.ResourceUsage, bare.SecurityContext = nil, nil, nil, nil
+				bare.Status, bare.Err, bare.CompletedAt = store.Failed, r.fatal, change.CompletedAt
+				r.noteJob(&bare, isNew)
+			}
+		}
+		r.mu.Lock()
+		r.state.Status, r.state.Output, r.state.Err, r.state.CompletedAt = change.Status, change.Output, change.Err, change.CompletedAt
+		if r.next.rec.Create != nil {
+			// Nothing was durable before the end: the run is created as it ended.
+			row := r.state
+			r.next.rec.Create = &row
+		} else {
+			r.next.rec.Run = change
+		}
+		r.next.dirty = true
+		r.mu.Unlock()
+		ferr := r.flush(context.WithoutCancel(r.ctx))
+		if ferr == nil {
+			r.e.RunEnded(change.Status)
+			return
+		}
+		if r.handedBack(ferr) {
+			return
+		}
+	}
+	r.e.Logger.Error("the end of a run could not be written", "run_id", r.id)
+}
+
+// endLeftovers ends the jobs and steps of an earlier walk that this one did not come to,
+// because it was cancelled or another branch failed first.
+func (r *run) endLeftovers() {
+	now := r.e.Clock.Now()
+	var jobs []*store.Job
+	r.mu.Lock()
+	for _, s := range r.steps {
+		if !s.Status.Final() {
+			c := *s
+			c.Status, c.CompletedAt = store.Cancelled, now
+			r.noteStepLocked(&c)
+		}
+	}
+	for _, j := range r.jobs {
+		if !j.Status.Final() {
+			c := *j
+			c.Status, c.CompletedAt, c.NextAttemptAt = store.Cancelled, now, time.Time{}
+			c.Err = fault.New(fault.Cancelled, "its run ended")
+			jobs = append(jobs, &c)
+		}
+	}
+	r.mu.Unlock()
+	for _, j := range jobs {
+		r.noteJob(j, false)
+	}
+}
+
+// handedBack reports whether a walk ended without an end of the run, and sees to it that
+// someone goes on.
+func (r *run) handedBack(err error) bool {
+	r.mu.Lock()
+	lost := r.lost
+	r.mu.Unlock()
+	if lost == nil {
+		return errors.Is(err, ErrHandBack)
+	}
+	_, dup := errors.AsType[*store.DuplicateError](lost)
+	if dup || errors.Is(lost, store.ErrFenced) || errors.Is(lost, store.ErrClosed) || refusedForGood(lost) {
+		return true
+	}
+	r.e.Logger.Error("a run's record could not be written; the run is taken up again", "run_id", r.id, "error", lost)
+	r.e.retryLater(r.id)
+	return true
+}
+
+// output is the run's output as JSON, or the error that it ends with.
+func (r *run) output(err error) (json.RawMessage, error) {
+	if err != nil {
+		return nil, err
+	}
+	var v any = map[string]any{}
+	if r.plan.Output != nil {
+		if v, err = r.eval(r.plan.Output, nil); err != nil {
+			return nil, fault.Wrap(err, fault.Validation, "output: %v", err)
+		}
+	} else {
+		// The last call of the document that completed: branches end in any order, and the
+		// output must not depend on it.
+		r.mu.Lock()
+		for _, n := range slices.Backward(r.plan.Calls()) {
+			if given, ok := r.response(n, nil); ok {
+				v = given
+				break
+			}
+		}
+		r.mu.Unlock()
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Validation, "the output is not JSON: %v", err)
+	}
+	if len(b) > MaxPayload {
+		return nil, fault.New(fault.Validation, "the output has %d bytes; at most %d are kept", len(b), MaxPayload)
+	}
+	return b, nil
+}
+
+// sleep says that a branch only waits now; a run of which every branch waits needs no slot.
+func (r *run) sleep() {
+	r.mu.Lock()
+	r.asleep++
+	free := r.asleep == r.live && !r.slotless
+	if free {
+		r.slotless = true
+	}
+	r.mu.Unlock()
+	if free {
+		r.e.slots.release()
+	}
+}
+
+// wake says that a branch goes on, once the run has a slot.
+func (r *run) wake(ctx context.Context) error {
+	r.mu.Lock()
+	r.asleep--
+	need := r.slotless
+	if need {
+		r.slotless = false
+	}
+	r.mu.Unlock()
+	if !need {
+		return nil
+	}
+	// The slot may come after a cancel has ended the wait; then it goes on to the next run.
+	var mu sync.Mutex
+	var gone bool
+	got := make(chan struct{})
+	r.e.slots.onFree(func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if gone {
+			go r.e.slots.release()
+			return
+		}
+		close(got)
+	})
+	select {
+	case <-got:
+		return context.Cause(ctx)
+	case <-ctx.Done():
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	select {
+	case <-got:
+	default:
+		gone = true
+		r.mu.Lock()
+		r.slotless = true
+		r.mu.Unlock()
+	}
+	return context.Cause(ctx)
+}
+
+// branches changes how many branches are live.
+func (r *run) branches(n int) {
+	r.mu.Lock()
+	r.live += n
+	free := r.asleep == r.live && r.asleep > 0 && !r.slotless
+	if free {
+		r.slotless = true
+	}
+	r.mu.Unlock()
+	if free {
+		r.e.slots.release()
+	}
+}

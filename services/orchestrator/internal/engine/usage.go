@@ -1,0 +1,83 @@
+package engine
+
+import (
+	"encoding/json"
+	"time"
+
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+)
+
+// protoJSON is the stored form of usage and security: JSON with the protos' field names.
+func protoJSON(m proto.Message) json.RawMessage {
+	b, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(m)
+	if err != nil {
+		return nil
+	}
+	return b
+}
+
+// restoreUsage reads what earlier attempts used.
+func restoreUsage(job *store.Job) *runnerv1.ResourceUsage {
+	if len(job.ResourceUsage) == 0 {
+		return nil
+	}
+	u := &runnerv1.ResourceUsage{}
+	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(job.ResourceUsage, u); err != nil {
+		return nil
+	}
+	return u
+}
+
+// addUsage adds an attempt to what the attempts before it used: times and amounts add up,
+// peaks are the highest, the rest is the last attempt's.
+func addUsage(sum, u *runnerv1.ResourceUsage, wall time.Duration, attempts int) *runnerv1.ResourceUsage {
+	if u == nil {
+		u = &runnerv1.ResourceUsage{}
+	}
+	if u.DurationSeconds == nil {
+		d := wall.Seconds()
+		u.DurationSeconds = &d
+	}
+	n := int32(attempts) //nolint:gosec // attempts are bounded
+	if sum == nil {
+		u.Attempts = &n
+		return u
+	}
+	add := func(a, b *float64) *float64 {
+		switch {
+		case a == nil:
+			return b
+		case b == nil:
+			return a
+		}
+		s := *a + *b
+		return &s
+	}
+	u.DurationSeconds = add(sum.DurationSeconds, u.DurationSeconds)
+	u.CpuSeconds = add(sum.CpuSeconds, u.CpuSeconds)
+	u.DiskReadMb = add(sum.DiskReadMb, u.DiskReadMb)
+	u.DiskWriteMb = add(sum.DiskWriteMb, u.DiskWriteMb)
+	u.NetworkRxMb = add(sum.NetworkRxMb, u.NetworkRxMb)
+	u.NetworkTxMb = add(sum.NetworkTxMb, u.NetworkTxMb)
+	u.BilledDurationMs = add(sum.BilledDurationMs, u.BilledDurationMs)
+	u.CostUsd = add(sum.CostUsd, u.CostUsd)
+	if sum.PeakMemoryMb != nil && (u.PeakMemoryMb == nil || *sum.PeakMemoryMb > *u.PeakMemoryMb) {
+		u.PeakMemoryMb = sum.PeakMemoryMb
+	}
+	if u.CpuSeconds != nil && u.GetDurationSeconds() > 0 && u.CpuUsagePercent != nil {
+		p := u.GetCpuSeconds() / u.GetDurationSeconds() * 100
+		u.CpuUsagePercent = &p
+	}
+	if sum.GetOomKilled() {
+		u.OomKilled = sum.OomKilled
+	}
+	if u.Source == "" {
+		u.Source = sum.Source
+	}
+	u.Attempts = &n
+	return u
+}

@@ -1,0 +1,353 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+)
+
+// JournalOptions bounds a [Journal]. Zero fields take the defaults that are named.
+type JournalOptions struct {
+	// MaxBatch is how many records go into one commit at most; 256.
+	MaxBatch int
+	// MaxBatchBytes ends a batch whose payloads are large; 16 MiB.
+	MaxBatchBytes int
+	// MaxQueue is how many records wait at most; beyond, Append waits for a place; 4096.
+	MaxQueue int
+	// MaxLines is how many log lines wait at most; beyond, AppendLogs waits; 16384.
+	MaxLines int
+	// Tries is how often a batch is tried whose whole transaction fails; 6.
+	Tries int
+	// Backoff is the wait after the first try. It doubles, up to a second; 10 ms.
+	Backoff time.Duration
+	// Logger may be nil.
+	Logger *slog.Logger
+	// OnCommit is told of each commit: how many records it held, how long it took with all
+	// its tries, and its error. It must be quick. May be nil.
+	OnCommit func(records int, took time.Duration, err error)
+	// OnLogs is told of each write of log lines. May be nil.
+	OnLogs func(lines int, took time.Duration, err error)
+}
+
+// Journal gathers the records of all runs into few commits: while one commit is in flight,
+// the next batch gathers. The cost of a record falls as load rises.
+type Journal struct {
+	store Store
+	o     JournalOptions
+	// places bounds the queue.
+	places chan struct{}
+	wake   chan struct{} // one token: something waits
+	closed chan struct{}
+	done   chan struct{}
+
+	mu    sync.Mutex
+	queue []*entry
+	lines []*LogLine
+	// room is closed, and made anew, whenever lines were taken.
+	room     chan struct{}
+	isClosed bool
+}
+
+// entry is a record that waits, or with no record someone who waits for the lines before it.
+type entry struct {
+	record *Record
+	bytes  int
+	done   chan error
+	// inFlight is set, under the journal's lock, when the entry leaves the queue.
+	inFlight bool
+}
+
+// NewJournal starts a journal on a store. Close ends it; the store stays open.
+func NewJournal(st Store, o JournalOptions) *Journal {
+	setDefault(&o.MaxBatch, 256)
+	setDefault(&o.MaxBatchBytes, 16<<20)
+	setDefault(&o.MaxQueue, 4096)
+	setDefault(&o.MaxLines, 16384)
+	setDefault(&o.Tries, 6)
+	setDefault(&o.Backoff, 10*time.Millisecond)
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.OnCommit == nil {
+		o.OnCommit = func(int, time.Duration, error) {}
+	}
+	if o.OnLogs == nil {
+		o.OnLogs = func(int, time.Duration, error) {}
+	}
+	j := &Journal{
+		store:  st,
+		o:      o,
+		places: make(chan struct{}, o.MaxQueue),
+		wake:   make(chan struct{}, 1),
+		closed: make(chan struct{}),
+		done:   make(chan struct{}),
+		room:   make(chan struct{}),
+	}
+	go j.run()
+	return j
+}
+
+func setDefault[T int | time.Duration](v *T, d T) {
+	if *v <= 0 {
+		*v = d
+	}
+}
+
+// Append writes a record and returns when it is durable, or with the error that the store
+// gave it. Records of one run become durable in the order in which they were appended.
+//
+// When ctx ends while the record still waits, the record is withdrawn. Once it is in flight,
+// Append waits for its outcome whatever ctx says: the outcome is never unknown.
+func (j *Journal) Append(ctx context.Context, r *Record) error {
+	return j.wait(ctx, &entry{record: r, bytes: recordBytes(r), done: make(chan error, 1)})
+}
+
+// Flush returns when the log lines appended before it can be read from the store.
+func (j *Journal) Flush(ctx context.Context) error {
+	return j.wait(ctx, &entry{done: make(chan error, 1)})
+}
+
+func (j *Journal) wait(ctx context.Context, e *entry) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	select {
+	case j.places <- struct{}{}:
+	case <-j.closed:
+		return ErrClosed
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	j.mu.Lock()
+	if j.isClosed {
+		j.mu.Unlock()
+		<-j.places
+		return ErrClosed
+	}
+	j.queue = append(j.queue, e)
+	j.mu.Unlock()
+	j.signal()
+
+	select {
+	case err := <-e.done:
+		return err
+	case <-ctx.Done():
+	}
+	if j.withdraw(e) {
+		return ctx.Err()
+	}
+	return <-e.done
+}
+
+// withdraw takes an entry out of the queue, if it is still there.
+func (j *Journal) withdraw(e *entry) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if e.inFlight {
+		return false
+	}
+	if i := slices.Index(j.queue, e); i >= 0 {
+		j.queue = slices.Delete(j.queue, i, i+1)
+	}
+	<-j.places
+	return true
+}
+
+// AppendLogs queues lines and returns; it waits only while the queue is full. Lines are
+// written in order, and before every record that is appended after them. Lines that the store
+// refuses for good are dropped and said in the log. The caller leaves the slice alone.
+func (j *Journal) AppendLogs(ctx context.Context, lines []*LogLine) error {
+	for len(lines) > 0 {
+		j.mu.Lock()
+		if j.isClosed {
+			j.mu.Unlock()
+			return ErrClosed
+		}
+		n := min(j.o.MaxLines-len(j.lines), len(lines))
+		j.lines = append(j.lines, lines[:n]...)
+		room := j.room
+		j.mu.Unlock()
+		if lines = lines[n:]; n > 0 {
+			j.signal()
+			continue
+		}
+		select {
+		case <-room:
+		case <-j.closed:
+			return ErrClosed
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// Close refuses what comes from now on, writes what waits, and returns when that is done.
+func (j *Journal) Close() error {
+	j.mu.Lock()
+	if !j.isClosed {
+		j.isClosed = true
+		close(j.closed)
+	}
+	j.mu.Unlock()
+	<-j.done
+	return nil
+}
+
+func (j *Journal) signal() {
+	select {
+	case j.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (j *Journal) run() {
+	defer close(j.done)
+	for {
+		lines, batch := j.take()
+		if len(lines) == 0 && len(batch) == 0 {
+			select {
+			case <-j.wake:
+				continue
+			case <-j.closed:
+			}
+			// Nothing is added once the journal is closed.
+			if lines, batch = j.take(); len(lines) == 0 && len(batch) == 0 {
+				return
+			}
+		}
+		j.writeLines(lines)
+		j.commit(batch)
+	}
+}
+
+// take empties the lines and takes the next batch from the queue. Both at once: whatever line
+// came before a record of the batch is among the lines.
+func (j *Journal) take() ([]*LogLine, []*entry) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	lines := j.lines
+	if len(lines) > 0 {
+		j.lines = nil
+		close(j.room)
+		j.room = make(chan struct{})
+	}
+	n, bytes := 0, 0
+	for n < len(j.queue) && n < j.o.MaxBatch {
+		bytes += j.queue[n].bytes
+		if n > 0 && bytes > j.o.MaxBatchBytes {
+			break
+		}
+		j.queue[n].inFlight = true
+		<-j.places
+		n++
+	}
+	batch := slices.Clone(j.queue[:n])
+	j.queue = slices.Delete(j.queue, 0, n)
+	return lines, batch
+}
+
+func (j *Journal) writeLines(lines []*LogLine) {
+	if len(lines) == 0 {
+		return
+	}
+	start := time.Now()
+	err := j.try("log lines", func(int) error {
+		err := j.store.AppendLogs(context.Background(), lines)
+		if errors.Is(err, ErrNotFound) { // a run that is gone; the others' lines are kept
+			return nil
+		}
+		return err
+	})
+	if err != nil {
+		j.o.Logger.Error("dropped log lines of runs", slog.Int("lines", len(lines)), slog.Any("error", err))
+	}
+	j.o.OnLogs(len(lines), time.Since(start), err)
+}
+
+func (j *Journal) commit(batch []*entry) {
+	records := make([]*Record, 0, len(batch))
+	for _, e := range batch {
+		if e.record != nil {
+			records = append(records, e.record)
+		}
+	}
+	var results []error
+	var err error
+	if len(records) > 0 {
+		start := time.Now()
+		err = j.try("records", func(try int) error {
+			var err error
+			results, err = j.store.Commit(context.Background(), records)
+			if try > 0 {
+				forgive(records, results)
+			}
+			return err
+		})
+		if err == nil && len(results) != len(records) {
+			err = errors.New("the store gave no result for each record")
+		}
+		j.o.OnCommit(len(records), time.Since(start), err)
+	}
+	i := 0
+	for _, e := range batch {
+		switch {
+		case e.record == nil:
+			e.done <- nil
+			continue
+		case err != nil:
+			e.done <- err
+		default:
+			e.done <- results[i]
+		}
+		i++
+	}
+}
+
+// forgive clears the errors of runs that an earlier try created after all: a connection
+// that breaks during a commit leaves its outcome unknown to that try.
+func forgive(records []*Record, results []error) {
+	for i, err := range results {
+		if d, ok := errors.AsType[*DuplicateError](err); ok && d.RunID == records[i].RunID {
+			results[i] = nil
+		}
+	}
+}
+
+// try runs fn until it succeeds, a bounded number of times. What fails a whole transaction is
+// a busy or broken disk or connection, which may pass.
+func (j *Journal) try(what string, fn func(try int) error) error {
+	backoff := j.o.Backoff
+	for n := 0; ; n++ {
+		err := fn(n)
+		if err == nil || errors.Is(err, ErrClosed) || n+1 >= j.o.Tries {
+			return err
+		}
+		j.o.Logger.Warn("the store failed, trying again", slog.String("what", what), slog.Int("try", n+1), slog.Any("error", err))
+		<-time.After(backoff)
+		backoff = min(2*backoff, time.Second)
+	}
+}
+
+// recordBytes is about how large a record is.
+func recordBytes(r *Record) int {
+	n := 256
+	if c := r.Create; c != nil {
+		n += len(c.Input) + len(c.EntityRow) + len(c.Output)
+	}
+	if r.Run != nil {
+		n += len(r.Run.Output)
+	}
+	for _, jobs := range [][]*Job{r.NewJobs, r.ChangedJobs} {
+		for _, j := range jobs {
+			n += 256 + len(j.Input) + len(j.Output) + len(j.RunnerConfig) + len(j.ResourceUsage) + len(j.SecurityContext)
+		}
+	}
+	for _, st := range r.Steps {
+		n += 128 + len(st.Data)
+	}
+	return n
+}

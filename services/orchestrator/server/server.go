@@ -1,0 +1,239 @@
+// Package server puts an orchestrator together: store, journal, engine, dispatch, registry
+// and API behind one gRPC listener. It is what main starts and what `specql dev` starts.
+package server
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
+
+	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/mesh"
+	"github.com/specql/mesh/pkg/spec"
+	"github.com/specql/mesh/pkg/telemetry"
+	"github.com/specql/mesh/services/orchestrator/internal/api"
+	"github.com/specql/mesh/services/orchestrator/internal/console"
+	"github.com/specql/mesh/services/orchestrator/internal/dispatch"
+	"github.com/specql/mesh/services/orchestrator/internal/engine"
+	"github.com/specql/mesh/services/orchestrator/internal/registry"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+	"github.com/specql/mesh/services/orchestrator/internal/store/sqlite"
+)
+
+// Options say what an orchestrator works with.
+type Options struct {
+	// Listener of the gRPC API. Run closes it.
+	Listener net.Listener
+	// Credentials of the API; nil serves plaintext, which mesh allows on loopback alone.
+	Credentials *mesh.Credentials
+	// Console is the listener of the console over HTTP; nil for none. Run closes it.
+	Console net.Listener
+	// Metrics is the listener of /metrics, /healthz and /readyz over HTTP; nil for none. Run closes it.
+	Metrics net.Listener
+	// Database is sqlite:PATH.
+	Database string
+	// Registry and Entities are what is in force at the start. Without a registry, what the
+	// database has is in force.
+	Registry *spec.File
+	Entities []spec.File
+	// Env chooses the overlay.
+	Env       string
+	LookupEnv func(string) (string, bool)
+	// Runners are the addresses by execution type, such as dns:///http-runner:9090.
+	Runners map[string]string
+	// RunnerCredentials are shown to runners; nil dials plaintext, on loopback alone.
+	RunnerCredentials *mesh.Credentials
+	// MaxRuns is how many runs are walked at once; others wait. 0 means 10,000.
+	MaxRuns int
+	// DrainTimeout is how long running jobs may take to end after ctx ended. 0 means 10 s.
+	DrainTimeout time.Duration
+	Logger       *slog.Logger
+	Version      string
+	// Ready, if set, is called once the API answers.
+	Ready func(Addresses)
+}
+
+// Addresses are where an orchestrator listens.
+type Addresses struct {
+	API     string
+	Console string
+}
+
+// InvalidError says that the registry or the entities have errors.
+type InvalidError = spec.InvalidError
+
+// Run serves until ctx ends, then drains: no new work is begun, running jobs end or are
+// handed back. It returns an *InvalidError where the registry has errors.
+func Run(ctx context.Context, o Options) (err error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.LookupEnv == nil {
+		o.LookupEnv = func(string) (string, bool) { return "", false }
+	}
+	closers := closeStack{}
+	defer func() { err = errors.Join(err, closers.close()) }()
+	closers.add(ignoreClosed(o.Listener.Close))
+	if o.Console != nil {
+		closers.add(ignoreClosed(o.Console.Close))
+	}
+	if o.Metrics != nil {
+		closers.add(ignoreClosed(o.Metrics.Close))
+	}
+	m := newMetrics()
+
+	st, err := openStore(ctx, o)
+	if err != nil {
+		return err
+	}
+	closers.add(st.Close)
+	journal := store.NewJournal(st, store.JournalOptions{Logger: o.Logger, OnCommit: m.commit})
+	closers.add(journal.Close)
+	dispatcher, err := dispatch.New(dispatch.Options{Runners: o.Runners, Credentials: o.RunnerCredentials, Logger: o.Logger})
+	if err != nil {
+		return err
+	}
+	closers.add(func() error { dispatcher.Close(); return nil })
+	clock := engine.SystemClock{}
+	reg := registry.New(st, dispatcher, o.LookupEnv, clock.Now)
+	if err := loadRegistry(ctx, reg, o); err != nil {
+		return err
+	}
+	owner, err := uuid.NewV7()
+	if err != nil {
+		return fmt.Errorf("name this orchestrator: %w", err)
+	}
+	eng := engine.New(engine.Options{
+		Journal: journal, Store: st, Plans: reg, Dispatcher: dispatcher, Clock: clock, Logger: o.Logger,
+		Owner: owner.String(), MaxRuns: o.MaxRuns, RunEnded: m.runEnded, JobEnded: m.jobEnded,
+	})
+	m.walking(eng.Walking)
+	drain := cmp.Or(o.DrainTimeout, 10*time.Second)
+	closers.add(func() error {
+		cctx, cancel := context.WithTimeout(context.Background(), drain)
+		defer cancel()
+		eng.Close(cctx)
+		return nil
+	})
+
+	srv := mesh.NewServer(o.Credentials, mesh.ServerOptions{Logger: o.Logger, Registerer: m.registry})
+	specqlv1.RegisterOrchestratorServiceServer(srv, &api.Orchestrator{Engine: eng, Store: st, Registry: reg, Logger: o.Logger})
+	specqlv1.RegisterRegistryServiceServer(srv, &api.Registry{Registry: reg, Runners: dispatcher, Logger: o.Logger})
+
+	serving, stop := context.WithCancel(ctx)
+	defer stop()
+	group, gctx := errgroup.WithContext(serving)
+	if o.Console != nil {
+		if err := serveConsole(gctx, group, o, st); err != nil {
+			return err
+		}
+	}
+	if n, err := eng.Recover(ctx); err != nil {
+		return err
+	} else if n > 0 {
+		o.Logger.Info("runs go on where they were", "runs", n)
+	}
+	group.Go(func() error { return srv.Serve(gctx, o.Listener) })
+	if o.Metrics != nil {
+		group.Go(func() error {
+			return telemetry.ServeHTTP(gctx, o.Metrics, telemetry.Handler(m.registry, func(context.Context) error { return gctx.Err() }))
+		})
+	}
+	if o.Ready != nil {
+		a := Addresses{API: o.Listener.Addr().String()}
+		if o.Console != nil {
+			a.Console = o.Console.Addr().String()
+		}
+		o.Ready(a)
+	}
+	return group.Wait()
+}
+
+func openStore(ctx context.Context, o Options) (store.Store, error) {
+	path, ok := strings.CutPrefix(o.Database, "sqlite:")
+	if !ok || path == "" {
+		scheme, _, _ := strings.Cut(o.Database, ":")
+		return nil, fault.New(fault.Validation, "--database: %q is no database that this version knows; write sqlite:PATH", scheme)
+	}
+	st, err := sqlite.Open(ctx, sqlite.Options{Path: path, Logger: o.Logger})
+	if err != nil {
+		return nil, fmt.Errorf("open the database: %w", err)
+	}
+	return st, nil
+}
+
+func loadRegistry(ctx context.Context, reg *registry.Registry, o Options) error {
+	if o.Registry == nil {
+		return reg.Load(ctx)
+	}
+	s, problems, err := reg.ApplyFiles(ctx, registry.FromFiles(*o.Registry, o.Entities, o.Env))
+	if err != nil {
+		return err
+	}
+	if s == nil {
+		return &InvalidError{Problems: problems}
+	}
+	for _, p := range problems {
+		o.Logger.Warn("the registry has a warning", "problem", p.String())
+	}
+	return nil
+}
+
+func serveConsole(ctx context.Context, group *errgroup.Group, o Options, st store.Store) error {
+	// It asks nobody who they are, so it is for this machine alone.
+	if err := mesh.CheckInsecure(o.Console.Addr().String()); err != nil {
+		return fmt.Errorf("--console: %w", err)
+	}
+	handler, err := console.New(st, o.Logger)
+	if err != nil {
+		return err
+	}
+	web := &http.Server{
+		Handler: handler, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+		IdleTimeout: time.Minute, MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(o.Logger.Handler(), slog.LevelDebug),
+	}
+	group.Go(func() error {
+		if err := web.Serve(o.Console); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serve the console: %w", err)
+		}
+		return nil
+	})
+	group.Go(func() error {
+		<-ctx.Done()
+		return web.Close()
+	})
+	return nil
+}
+
+// closeStack closes things in the reverse order.
+type closeStack []func() error
+
+func (c *closeStack) add(f func() error) { *c = append(*c, f) }
+
+func (c *closeStack) close() error {
+	var errs []error
+	for _, f := range slices.Backward(*c) {
+		errs = append(errs, f())
+	}
+	return errors.Join(errs...)
+}
+
+func ignoreClosed(f func() error) func() error {
+	return func() error {
+		if err := f(); err != nil && !errors.Is(err, net.ErrClosed) {
+			return err
+		}
+		return nil
+	}
+}

@@ -1,0 +1,35 @@
+// Command serverless-runner is the runner service for functions of cloud providers.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/spf13/pflag"
+
+	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/services/serverless-runner/serverlessrunner"
+)
+
+func main() {
+	os.Exit(runner.Main("serverless-runner", build, runner.Flags(func(fs *pflag.FlagSet) {
+		fs.String("price-table", "", "file of prices by provider and region, YAML or JSON, in place of the one built in")
+	})))
+}
+
+func build(_ context.Context, env *runner.Env) (runner.JobRunner, error) {
+	ceiling, err := serverlessrunner.ParseCeiling(env.PolicyJSON)
+	if err != nil {
+		return nil, fmt.Errorf("--policy: %w", err)
+	}
+	table, err := env.Flags.GetString("price-table")
+	if err != nil {
+		return nil, fmt.Errorf("--price-table: %w", err)
+	}
+	r, err := serverlessrunner.New(serverlessrunner.Options{Ceiling: ceiling, PriceTable: table, Logger: env.Logger})
+	if err != nil {
+		return nil, fmt.Errorf("--price-table: %w", err)
+	}
+	return r, nil
+}

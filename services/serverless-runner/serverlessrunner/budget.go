@@ -1,0 +1,159 @@
+package serverlessrunner
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/specql/mesh/pkg/fault"
+)
+
+const (
+	budgetWindow  = time.Hour
+	budgetSlot    = 10 * time.Second
+	budgetSlots   = int(budgetWindow / budgetSlot)
+	budgetMost    = 10_000
+	budgetNoPrice = -1
+)
+
+// budget counts the invocations and the cost of each service over the last hour.
+//
+// It counts in slots of ten seconds, and a slot counts until all of it is an hour old, so
+// that a limit is never exceeded for the way it is counted. A call that runs counts with the highest cost seen
+// of its service; calls whose cost is not known count as invocations alone.
+type budget struct {
+	mu       sync.Mutex
+	services map[string]*spend
+}
+
+type spend struct {
+	slots    [budgetSlots + 1]slot
+	inFlight int
+	// highest cost of one call so far.
+	highest float64
+	last    time.Time
+}
+
+type slot struct {
+	start       int64 // in slots since the epoch
+	invocations int64
+	cost        float64
+}
+
+// begin counts an invocation of a service, or answers BUDGET_EXCEEDED. The function
+// returned must be called once. It takes whether the function was called at all, and the
+// cost of the call, budgetNoPrice where it is not known.
+func (b *budget) begin(service string, l CostLimits) (func(invoked bool, cost float64), error) {
+	if l.MaxInvocationsPerHour == 0 && l.MaxCostPerHour == 0 {
+		return func(bool, float64) {}, nil
+	}
+	now := time.Now()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s, err := b.of(service, now)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.check(service, l, now); err != nil {
+		return nil, err
+	}
+	s.last = now
+	s.inFlight++
+	begun := s.slot(now)
+	begun.invocations++
+	counted := begun.start
+	return func(invoked bool, cost float64) {
+		end := time.Now()
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		s.inFlight--
+		s.last = end
+		if !invoked && begun.start == counted {
+			begun.invocations--
+		}
+		if cost > 0 {
+			s.slot(end).cost += cost
+			s.highest = max(s.highest, cost)
+		}
+	}, nil
+}
+
+// of finds the spend of a service. Services idle for an hour are forgotten.
+func (b *budget) of(service string, now time.Time) (*spend, error) {
+	if s := b.services[service]; s != nil {
+		return s, nil
+	}
+	if b.services == nil {
+		b.services = make(map[string]*spend)
+	}
+	if len(b.services) >= budgetMost {
+		for name, s := range b.services {
+			if s.inFlight == 0 && now.Sub(s.last) > budgetWindow+budgetSlot {
+				delete(b.services, name)
+			}
+		}
+		if len(b.services) >= budgetMost {
+			return nil, fault.New(fault.BudgetExceeded, "more than %d services with cost_limits were called within an hour; run more serverless runners", budgetMost)
+		}
+	}
+	s := &spend{}
+	b.services[service] = s
+	return s, nil
+}
+
+func (s *spend) check(service string, l CostLimits, now time.Time) error {
+	invocations, cost := s.sum(now)
+	if most := l.MaxInvocationsPerHour; most > 0 && invocations >= most {
+		return s.exceeded(now, fmt.Sprintf("%s was invoked %d times in the last hour and cost_limits.max_invocations_per_hour is %d", service, invocations, most))
+	}
+	if most := l.MaxCostPerHour; most > 0 {
+		reserved := float64(s.inFlight) * s.highest
+		if cost+reserved >= most {
+			return s.exceeded(now, fmt.Sprintf("%s cost %.6f USD in the last hour, its %d calls in flight may cost %.6f USD, and cost_limits.max_cost_per_hour is %g",
+				service, cost, s.inFlight, reserved, most))
+		}
+	}
+	return nil
+}
+
+// exceeded says when the oldest slot leaves the hour.
+func (s *spend) exceeded(now time.Time, text string) error {
+	wait := budgetSlot
+	oldest := int64(-1)
+	for _, c := range s.slots {
+		if c.inWindow(now) && (c.invocations > 0 || c.cost > 0) && (oldest < 0 || c.start < oldest) {
+			oldest = c.start
+		}
+	}
+	if oldest >= 0 {
+		wait = time.Duration(oldest+1)*budgetSlot + budgetWindow - time.Duration(now.UnixNano())
+	}
+	e := fault.New(fault.BudgetExceeded, "%s; wait %s or raise the limit", text, wait.Round(time.Second))
+	e.RetryAfter = wait
+	return e
+}
+
+func (s *spend) sum(now time.Time) (invocations int64, cost float64) {
+	for _, c := range s.slots {
+		if c.inWindow(now) {
+			invocations += c.invocations
+			cost += c.cost
+		}
+	}
+	return invocations, cost
+}
+
+// inWindow says whether any part of the slot is less than an hour ago.
+func (c slot) inWindow(now time.Time) bool {
+	return c.start > 0 && time.Duration(c.start+1)*budgetSlot > time.Duration(now.UnixNano())-budgetWindow
+}
+
+// slot is the one of a time, emptied where it held an older hour.
+func (s *spend) slot(now time.Time) *slot {
+	start := now.UnixNano() / int64(budgetSlot)
+	c := &s.slots[start%int64(len(s.slots))]
+	if c.start != start {
+		*c = slot{start: start}
+	}
+	return c
+}

@@ -1,0 +1,555 @@
+package shellrunner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/pkg/runner/cgroup"
+)
+
+const (
+	firstSample  = 20 * time.Millisecond
+	sampleEvery  = time.Second
+	drainTimeout = time.Second // for pipes that an escaped process still holds
+	maxTempFiles = 1 << 20
+	maxWorkFiles = 20000
+)
+
+// Execute implements [runner.JobRunner].
+func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink) (*runner.Result, error) {
+	a := &attempt{r: r, job: job, sink: sink, began: time.Now(), source: "rusage"}
+	result := &runner.Result{}
+	output, err := a.run(ctx)
+	if err != nil {
+		result.Err = fault.From(err)
+	} else {
+		result.Output = output
+	}
+	result.Usage = a.usage()
+	result.Security = a.checks.Context(runner.Digest(a.policy), a.isolation...)
+	return result, nil
+}
+
+// attempt is one job while it runs.
+type attempt struct {
+	r         *Runner
+	job       *runner.Job
+	sink      runner.Sink
+	began     time.Time
+	source    string
+	policy    effective
+	checks    runner.Checks
+	isolation []string
+
+	group        *cgroup.Group
+	groupName    string
+	private      string
+	process      *process
+	processStart uint64 // in the kernel's ticks
+	dir          string // the command's working directory
+
+	// What was measured.
+	started, ended time.Time
+	lastMemory     *float64
+	total          *cgroup.Usage
+	state          *os.ProcessState
+	exitCode       int
+	ownPeakKB      int64
+	tempFull       bool
+}
+
+// run carries the job out; whatever it started is gone when it returns.
+func (a *attempt) run(ctx context.Context) (output []byte, err error) {
+	plan, err := a.prepare(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if limit := a.policy.Limits.TimeoutSeconds; limit > 0 {
+		d := time.Duration(limit * float64(time.Second))
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, d, fault.New(fault.Timeout, "the attempt took longer than resource_limits.timeout_seconds of %gs", limit))
+		defer cancel()
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if a.private, err = os.MkdirTemp(a.r.temp, "job-"); err != nil {
+		return nil, fault.Wrap(err, fault.Internal, "the job's private directory cannot be made")
+	}
+	defer func() {
+		if rmErr := removeAll(a.private); rmErr != nil {
+			a.r.log.ErrorContext(ctx, "a job's private directory remains", "error", rmErr)
+		}
+	}()
+	env, err := environment(ctx, plan.config, a.job, plan.input, a.private)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkSizes(plan.command.argv, env); err != nil {
+		return nil, err
+	}
+	if err := a.hold(); err != nil {
+		return nil, err
+	}
+	defer a.release(ctx)
+	return a.supervise(ctx, &launch{
+		command: plan.command, env: env, limits: a.policy.Limits, group: a.group,
+		network: a.network(),
+	}, plan.input)
+}
+
+// plan is a job that was checked.
+type plan struct {
+	config  Config
+	command *command
+	input   []byte
+}
+
+func (a *attempt) prepare(ctx context.Context) (*plan, error) {
+	policy, err := runner.Decode[Policy](a.job.Service.Policy)
+	a.policy = narrow(policy, a.r.ceiling)
+	if err != nil {
+		return nil, at("security_policy", err)
+	}
+	if problem := policy.ResourceLimits.check(); problem != "" {
+		return nil, fault.New(fault.Validation, "security_policy.%s", problem)
+	}
+	cfg, err := runner.Decode[Config](a.job.Service.Config)
+	if err != nil {
+		return nil, at("runner_config", err)
+	}
+	op, err := runner.Decode[Operation](a.job.Operation.Config)
+	if err != nil {
+		return nil, at("operations."+clip(a.job.Operation.Name), err)
+	}
+	input, err := decodeInput(a.job.Input)
+	if err != nil {
+		return nil, err
+	}
+	raw := []byte(a.job.Input)
+	if len(raw) == 0 {
+		raw = []byte("{}")
+	}
+	resolver := &resolver{policy: policy, ceiling: a.r.ceiling, checks: &a.checks, scripts: a.r.scripts}
+	cmd, err := resolver.resolve(cfg, a.job.Operation.Name, op, input)
+	if err != nil {
+		a.r.log.DebugContext(ctx, "job refused", "error", err)
+		return nil, err
+	}
+	if a.policy.Network == networkLocalhost && a.r.noLoop != nil {
+		return nil, a.checks.Deny("network_access", networkLocalhost, fmt.Sprintf("this runner can give a command no loopback of its own (%v), and would have to give it the whole network; write none, or run the runner as root or with CAP_SYS_ADMIN", a.r.noLoop))
+	}
+	return &plan{config: cfg, command: cmd, input: raw}, nil
+}
+
+// network is what a command can reach.
+type network int
+
+const (
+	hostNetwork network = iota
+	noNetwork           // a network name space with nothing in it
+	ownLoopback         // a network name space with a loopback
+)
+
+func (a *attempt) network() network {
+	switch {
+	case a.policy.Network == networkAll, a.r.noNet != nil:
+		return hostNetwork
+	case a.policy.Network == networkLocalhost:
+		return ownLoopback
+	}
+	return noNetwork
+}
+
+// at says where in the service an error is.
+func at(place string, err error) error {
+	f := fault.From(err)
+	return &fault.Error{Code: f.Code, Message: place + ": " + f.Message, Retryable: f.Retryable, Cause: f}
+}
+
+// hold makes the job's control group and notes what holds the job.
+func (a *attempt) hold() error {
+	a.isolation = []string{isolationProcessGroup, isolationNoNewPrivileges, isolationNoCapabilities, isolationPrivateTemp, isolationRlimit}
+	switch {
+	case a.network() != hostNetwork:
+		a.isolation = append(a.isolation, isolationNetwork)
+	case a.policy.Network == networkNone:
+		a.sink.Log("runner", "network_access none is not enforced on this machine: "+a.r.noNet.Error())
+	}
+	if a.policy.Files != fileReadWrite {
+		a.sink.Log("runner", "file_access "+a.policy.Files+" is not enforced by this version")
+	}
+	limits := a.policy.Limits
+	if a.r.groups == cgroup.None {
+		if limits.CPUCores > 0 {
+			a.sink.Log("runner", "resource_limits.cpu_cores is not enforced on this machine: "+a.r.noGroup)
+		}
+		if text := a.r.unlimited(); text != "" {
+			a.sink.Log("runner", text)
+		}
+		return nil
+	}
+	name := "job-" + strconv.FormatInt(a.r.jobs.Add(1), 10) + "-" + filepath.Base(a.r.temp)[len(tempPrefix):]
+	group, err := cgroup.New(groupParent, name, cgroup.Limits{CPUCores: limits.CPUCores, MemoryMB: limits.MemoryMB, Processes: limits.Processes})
+	if err != nil {
+		return fault.Wrap(err, fault.Internal, "the job's limits cannot be set: %v", err)
+	}
+	a.group, a.groupName, a.source = group, name, "cgroup"
+	a.isolation = append(a.isolation, isolationCgroup)
+	return nil
+}
+
+func (a *attempt) release(ctx context.Context) {
+	if a.group == nil {
+		return
+	}
+	if err := a.group.Remove(); err != nil {
+		a.r.log.ErrorContext(ctx, "a job's control group remains", "error", err)
+	}
+}
+
+// supervise starts the command, watches it to its end, and ends all that it started.
+func (a *attempt) supervise(ctx context.Context, l *launch, input []byte) ([]byte, error) {
+	stdout := newStream("stdout", a.sink, maxStdout, false)
+	stderr := newStream("stderr", a.sink, keptStderr, true)
+	pipes, err := openPipes()
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Unavailable, "the runner has no pipes left: %v", err)
+	}
+	l.stdin, l.stdout, l.stderr = pipes.stdinR, pipes.stdoutW, pipes.stderrW
+	if l.dir = l.command.dir; l.dir == "" {
+		l.dir = a.private
+	}
+	a.dir = l.dir
+	a.ownPeakKB = ownPeak()
+	a.started = time.Now()
+	a.process, err = l.start()
+	pipes.closeChild()
+	if err != nil {
+		pipes.closeOwn()
+		return nil, a.startError(l, err)
+	}
+	if a.group == nil {
+		a.processStart = processStart(a.process.pid)
+	}
+	a.r.setLive(a, true)
+	var io sync.WaitGroup
+	io.Add(3)
+	go feed(pipes.stdinW, input, &io)
+	go stdout.read(pipes.stdoutR, &io)
+	go stderr.read(pipes.stderrR, &io)
+
+	failure := a.watch(ctx, stdout)
+	hits := 0
+	if a.group != nil {
+		hits = a.group.ProcessLimitHits() // the kill makes hits of its own
+	}
+	killErr := a.kill()
+	if killErr == nil {
+		<-a.process.exited
+		a.state = a.process.wait()
+		a.ended = time.Now()
+	}
+	a.r.setLive(a, false)
+	// With every process gone the pipes have ended; one that escaped must not hold the job.
+	_ = pipes.stdinW.SetDeadline(time.Now())
+	_ = pipes.stdoutR.SetReadDeadline(time.Now().Add(drainTimeout))
+	_ = pipes.stderrR.SetReadDeadline(time.Now().Add(drainTimeout))
+	io.Wait()
+	if killErr != nil {
+		return nil, fault.Wrap(killErr, fault.Internal, "the job's processes cannot be ended: %v", killErr)
+	}
+	a.measure(ctx)
+	return a.outcome(failure, stdout, stderr, hits)
+}
+
+// watch waits for the command's end, or for a reason to end it.
+func (a *attempt) watch(ctx context.Context, stdout *stream) error {
+	next := time.NewTimer(a.pause(firstSample))
+	defer next.Stop()
+	for every := firstSample; ; {
+		select {
+		case <-a.process.exited:
+			select {
+			case <-stdout.over:
+				return tooMuchOutput()
+			default:
+				return nil
+			}
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-stdout.over:
+			return tooMuchOutput()
+		case <-next.C:
+			if err := a.sample(every == sampleEvery); err != nil {
+				return err
+			}
+			every = min(10*every, sampleEvery)
+			next.Reset(a.pause(every))
+		}
+	}
+}
+
+func tooMuchOutput() error {
+	return fault.New(fault.ResourceExceeded, "the command wrote more than %d MiB to stdout; write less, or to a file", maxStdout>>20)
+}
+
+// pause is how long to wait for the next sample: no longer than it can take to use up the CPU
+// time that is left.
+func (a *attempt) pause(want time.Duration) time.Duration {
+	limit := a.policy.Limits.CPUSeconds
+	if limit == 0 || a.total == nil || a.total.CPUSeconds == nil {
+		return want
+	}
+	cores := float64(cpus())
+	if c := a.policy.Limits.CPUCores; c > 0 {
+		cores = min(cores, max(c, 0.01))
+	}
+	left := time.Duration((limit - *a.total.CPUSeconds) / cores * float64(time.Second))
+	return min(want, max(left, 10*time.Millisecond))
+}
+
+// sample measures the running job, reports it, and tells whether a limit is passed.
+func (a *attempt) sample(report bool) error {
+	_, _ = a.r.reapOrphans() // a long job may leave many
+	if limit := a.policy.Limits.DiskMB; limit > 0 && report && a.tempSize() > limit<<20 {
+		a.tempFull = true
+		return a.diskError()
+	}
+	if a.group == nil {
+		return nil
+	}
+	u, err := a.group.Stat()
+	if err != nil {
+		return nil
+	}
+	a.total, a.lastMemory = &u, u.MemoryMB
+	if u.OOMKills > 0 {
+		return a.memoryError() // what is left of the job has no result to trust
+	}
+	if limit := a.policy.Limits.CPUSeconds; limit > 0 && u.CPUSeconds != nil && *u.CPUSeconds >= limit {
+		return a.cpuError()
+	}
+	if report {
+		a.sink.Usage(a.usage())
+	}
+	return nil
+}
+
+// measure takes the last figures, when all processes are gone.
+func (a *attempt) measure(ctx context.Context) {
+	if a.group == nil {
+		return
+	}
+	u, err := a.group.Stat()
+	if err != nil {
+		a.r.log.WarnContext(ctx, "a job could not be measured", "error", err)
+		return
+	}
+	a.total = &u
+}
+
+// outcome is the job's output or error.
+func (a *attempt) outcome(failure error, stdout, stderr *stream, processHits int) ([]byte, error) {
+	a.exitCode = exitCode(a.state)
+	if a.total != nil && a.total.OOMKills > 0 {
+		return nil, a.memoryError()
+	}
+	if failure != nil {
+		return nil, failure
+	}
+	status, _ := a.state.Sys().(syscall.WaitStatus)
+	if status.Signaled() {
+		switch status.Signal() {
+		case syscall.SIGXCPU:
+			return nil, a.cpuError()
+		case syscall.SIGXFSZ:
+			return nil, a.diskError()
+		default:
+			return nil, remoteError(fmt.Sprintf("the command was ended by signal %d (%s)", status.Signal(), status.Signal()), stderr)
+		}
+	}
+	if limit := a.policy.Limits.DiskMB; limit > 0 && (a.tempSize() > limit<<20 || a.cutFile()) {
+		return nil, a.diskError()
+	}
+	if a.exitCode != 0 {
+		if processHits > 0 {
+			return nil, fault.New(fault.ResourceExceeded, "the job needed more processes than its limit of %d, and exited with status %d: %s; raise resource_limits.processes",
+				a.policy.Limits.Processes, a.exitCode, end(stderr.bytes()))
+		}
+		return nil, remoteError(fmt.Sprintf("the command exited with status %d", a.exitCode), stderr)
+	}
+	raw, err := result(stdout.bytes(), stderr.bytes(), a.exitCode)
+	if err != nil {
+		return nil, fault.Wrap(err, fault.Internal, "the output has no JSON form")
+	}
+	return raw, nil
+}
+
+func remoteError(message string, stderr *stream) error {
+	if tail := end(stderr.bytes()); tail != "" {
+		message += ": " + tail
+	}
+	return fault.New(fault.RemoteError, "%s", message)
+}
+
+func (a *attempt) memoryError() error {
+	peak := ""
+	if a.total != nil && a.total.PeakMemoryMB != nil {
+		peak = fmt.Sprintf(" (peak %.1f MiB)", *a.total.PeakMemoryMB)
+	}
+	if limit := a.policy.Limits.MemoryMB; limit > 0 {
+		return fault.New(fault.ResourceExceeded, "the job needed more memory than its limit of %d MiB%s and the kernel ended it; raise resource_limits.memory_mb", limit, peak)
+	}
+	return fault.New(fault.ResourceExceeded, "the machine ran out of memory%s and the kernel ended the job; set resource_limits.memory_mb to what the machine has for it", peak)
+}
+
+func (a *attempt) cpuError() error {
+	used := ""
+	if a.total != nil && a.total.CPUSeconds != nil {
+		used = fmt.Sprintf(" (used %.2f s)", *a.total.CPUSeconds)
+	}
+	return fault.New(fault.ResourceExceeded, "the job needed more CPU time than its limit of %g s%s; raise resource_limits.cpu_seconds", a.policy.Limits.CPUSeconds, used)
+}
+
+func (a *attempt) diskError() error {
+	return fault.New(fault.ResourceExceeded, "the job wrote more than its limit of %d MiB to a file or to its temporary directory; raise resource_limits.disk_mb", a.policy.Limits.DiskMB)
+}
+
+// startError says why a command could not be started.
+func (a *attempt) startError(l *launch, err error) error {
+	path := l.command.path
+	switch {
+	case errors.Is(err, syscall.ENOENT):
+		return fault.Wrap(err, fault.Validation, "%s cannot be run: it, its interpreter or the working directory does not exist", path)
+	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.ENOTDIR):
+		return fault.Wrap(err, fault.Validation, "%s cannot be run: permission denied", path)
+	case errors.Is(err, syscall.ENOEXEC):
+		return fault.Wrap(err, fault.Validation, "%s cannot be run: it is neither a program of this machine nor a script with a #! line", path)
+	case errors.Is(err, syscall.E2BIG):
+		return fault.Wrap(err, fault.Validation, "%s cannot be run: arguments and environment are too long; read the values from stdin", path)
+	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.ENOMEM):
+		return fault.Wrap(err, fault.ResourceExceeded, "%s cannot be started within its limits (%v); raise resource_limits", path, err)
+	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
+		return fault.Wrap(err, fault.Unavailable, "the runner has no file descriptors left")
+	}
+	return fault.Wrap(err, fault.Internal, "%s cannot be started: %v", path, err)
+}
+
+// usage gives what is measured so far.
+func (a *attempt) usage() *runnerv1.ResourceUsage {
+	now := time.Now()
+	u := &runnerv1.ResourceUsage{DurationSeconds: new(now.Sub(a.began).Seconds()), Source: a.source}
+	if a.started.IsZero() || a.process == nil {
+		return u
+	}
+	if a.total != nil {
+		u.CpuSeconds, u.PeakMemoryMb = a.total.CPUSeconds, a.total.PeakMemoryMB
+		u.DiskReadMb, u.DiskWriteMb = a.total.DiskReadMB, a.total.DiskWriteMB
+		u.MemoryMb = a.lastMemory
+	}
+	if a.state != nil {
+		u.ExitCode = new(int32(a.exitCode)) //nolint:gosec // below 256
+		if a.total != nil {
+			u.OomKilled = new(a.total.OOMKills > 0)
+		}
+		if ru, ok := a.state.SysUsage().(*syscall.Rusage); ok {
+			a.addRusage(u, ru)
+		}
+	}
+	wall := now.Sub(a.started)
+	if !a.ended.IsZero() {
+		wall = a.ended.Sub(a.started)
+	}
+	if u.CpuSeconds != nil && wall > 0 {
+		u.CpuUsagePercent = new(u.GetCpuSeconds() / wall.Seconds() * 100)
+	}
+	return u
+}
+
+// addRusage completes the figures by what the kernel tells of the command and of those of its
+// children that it waited for.
+func (a *attempt) addRusage(u *runnerv1.ResourceUsage, ru *syscall.Rusage) {
+	const mebibyte = 1 << 20
+	read, written := float64(ru.Inblock)*512/mebibyte, float64(ru.Oublock)*512/mebibyte
+	if a.group == nil {
+		u.CpuSeconds = new((time.Duration(ru.Utime.Nano()) + time.Duration(ru.Stime.Nano())).Seconds())
+		u.DiskReadMb, u.DiskWriteMb = new(read), new(written)
+		// Until it executes the command, a process shares the runner's memory, and the kernel
+		// counts that, too: what is not above it was not measured.
+		if peak := ru.Maxrss; peak > a.ownPeakKB {
+			u.PeakMemoryMb = new(float64(peak) / 1024)
+		}
+		return
+	}
+	if a.group.Mode() == cgroup.V1 && u.DiskWriteMb != nil && written > u.GetDiskWriteMb() {
+		u.DiskWriteMb = new(written) // v1 does not count what goes through the page cache
+	}
+}
+
+func exitCode(state *os.ProcessState) int {
+	if status, ok := state.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		return 128 + int(status.Signal())
+	}
+	return state.ExitCode()
+}
+
+// cutSize is where the kernel cuts a file off: one byte above the limit, so that a file as
+// large as the limit is told from one that was cut.
+func cutSize(diskMB int64) int64 { return diskMB<<20 + 1 }
+
+// cutFile tells whether the kernel cut a file of the job off: the signal that says so goes to
+// the process that wrote, whose end is not always told to the runner. Files elsewhere than in
+// the private and the working directory are not found, nor any beyond the first 20000.
+func (a *attempt) cutFile() bool {
+	size, cut := cutSize(a.policy.Limits.DiskMB), false
+	since := a.started.Add(-20 * time.Millisecond) // the kernel's clock for files is coarse
+	for _, dir := range slices.Compact([]string{a.private, a.dir}) {
+		files := 0
+		_ = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+			if files++; files > maxWorkFiles || cut {
+				return fs.SkipAll
+			}
+			if err != nil || !d.Type().IsRegular() {
+				return nil
+			}
+			info, err := d.Info()
+			cut = err == nil && info.Size() == size && info.ModTime().After(since)
+			return nil
+		})
+	}
+	return cut
+}
+
+// tempSize is what the private directory takes on disk, in bytes.
+func (a *attempt) tempSize() int64 {
+	var total int64
+	files := 0
+	_ = filepath.WalkDir(a.private, func(_ string, d fs.DirEntry, err error) error {
+		if files++; files > maxTempFiles {
+			return fs.SkipAll
+		}
+		if err != nil {
+			return nil
+		}
+		if info, err := d.Info(); err == nil {
+			if st, ok := info.Sys().(*syscall.Stat_t); ok {
+				total += st.Blocks * 512
+			}
+		}
+		return nil
+	})
+	return total
+}

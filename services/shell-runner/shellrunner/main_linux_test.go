@@ -1,0 +1,52 @@
+package shellrunner
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"github.com/specql/mesh/pkg/runner"
+)
+
+// crashVariable makes the test program a runner that is to be killed in the middle of a job.
+const crashVariable = "SHELLRUNNER_TEST_CRASH_DIR"
+
+// snoopVariable makes the test program a runner whose job looks for its secrets.
+const snoopVariable = "SHELLRUNNER_TEST_SNOOP_DIR"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(crashVariable); dir != "" {
+		crashingRunner(dir)
+	}
+	if dir := os.Getenv(snoopVariable); dir != "" {
+		snoopingRunner(dir)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// crashingRunner runs a job that writes the number of a daemon into the directory's fifo.
+func crashingRunner(dir string) {
+	r, err := New(Options{TempDir: dir, Logger: slog.New(slog.NewTextHandler(os.Stderr, nil))})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	_, err = r.Execute(context.Background(), &runner.Job{
+		ID:        "crash",
+		Service:   runner.Service{Policy: []byte(`{"allowed_commands":["/bin/sh"]}`)},
+		Operation: runner.Operation{Config: fmt.Appendf(nil, `{"command":["/bin/sh","-c",%q]}`, daemonize(filepath.Join(dir, "fifo"))+"; exec sleep 1000")},
+	}, discard{})
+	fmt.Fprintln(os.Stderr, "the job ended", err)
+	os.Exit(1)
+}
+
+// daemonize is a shell line that leaves a process in a session of its own, with no parent left,
+// and tells its number through a fifo.
+func daemonize(fifo string) string {
+	return `setsid sh -c 'setsid sh -c "echo \$\$ >` + fifo + `; exec sleep 1000" & exit 0'`
+}

@@ -1,0 +1,208 @@
+// Package shellrunner runs allowed commands and scripts on the runner's own machine: by
+// argument list and never through a shell, in a clean environment, held and measured by a
+// control group where there are any, with nothing left of the process tree at the end.
+package shellrunner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/pkg/runner/cgroup"
+)
+
+// Type is the execution type that this runner serves.
+const Type = "shell"
+
+const (
+	groupParent = "shell"
+	tempPrefix  = "specql-shell-"
+)
+
+// Options configure a [Runner].
+type Options struct {
+	// Ceiling is the operator's policy; nil for none. A list that it leaves out narrows nothing.
+	Ceiling *Policy
+	Logger  *slog.Logger
+	// TempDir is where the private directories of jobs lie; empty for the system's own place.
+	TempDir string
+	// ReapOrphans takes the status of any ended process that this process is the parent of and
+	// did not start, and not of those of jobs alone. It is for a runner that is the first process of a container, and only for
+	// a program that starts no processes of its own.
+	ReapOrphans bool
+}
+
+// Runner runs shell jobs. It implements [runner.JobRunner].
+type Runner struct {
+	ceiling *Policy
+	log     *slog.Logger
+	temp    string // of this runner alone
+	reap    bool
+	scripts []interpreter
+	groups  cgroup.Mode
+	noGroup string // why there are no control groups
+	noNet   error  // why commands cannot be given a network of their own
+	noLoop  error  // why they cannot be given a loopback of their own
+	jobs    atomic.Int64
+	// types never change.
+	types []runner.Type
+
+	mu   sync.Mutex
+	live map[*attempt]bool // those with a process
+
+	reaping sync.Mutex
+}
+
+// New makes a runner and removes what crashed runners left on this machine. [Runner.Close]
+// removes its own directory.
+//
+// The process becomes the one that orphans are handed to (PR_SET_CHILD_SUBREAPER) and
+// shuts other processes of its user out (PR_SET_DUMPABLE), debuggers without CAP_SYS_PTRACE among
+// them. Both stay.
+func New(o Options) (*Runner, error) {
+	if o.Ceiling != nil {
+		if problem := o.Ceiling.ResourceLimits.check(); problem != "" {
+			return nil, fmt.Errorf("the operator's policy: %s", problem)
+		}
+	}
+	r := &Runner{
+		ceiling: o.Ceiling, log: o.Logger, reap: o.ReapOrphans, scripts: interpreters(), live: map[*attempt]bool{},
+		types: []runner.Type{{
+			Name: Type, ConfigSchema: runner.SchemaOf[Config](), PolicySchema: runner.SchemaOf[Policy](), OperationSchema: runner.SchemaOf[Operation](),
+		}},
+	}
+	if r.log == nil {
+		r.log = slog.New(slog.DiscardHandler)
+	}
+	r.groups, r.noGroup = cgroup.Detect()
+	if r.groups == cgroup.None {
+		r.log.Warn("no control groups: limits hold by process and less is measured", "reason", r.noGroup)
+	}
+	r.noNet, r.noLoop = networkNamespaces()
+	if err := hideMemory(); err != nil {
+		return nil, err
+	}
+	if err := adoptOrphans(); err != nil {
+		return nil, err
+	}
+	if err := keepDescriptors(); err != nil { // Linux before 5.11
+		r.log.Warn("commands inherit the descriptors that the runner was started with", "error", err)
+	}
+	if o.TempDir == "" {
+		o.TempDir = os.TempDir()
+	}
+	r.removeLeftovers(o.TempDir)
+	var err error
+	if r.temp, err = os.MkdirTemp(o.TempDir, tempPrefix+cgroup.Instance()+"-"); err != nil {
+		return nil, fmt.Errorf("make the directory for jobs: %w", err)
+	}
+	return r, nil
+}
+
+// removeLeftovers ends and removes what runners left that were killed.
+func (r *Runner) removeLeftovers(temp string) {
+	n, err := cgroup.RemoveLeftovers(groupParent)
+	if err != nil {
+		r.log.Warn("control groups of a crashed runner remain", "error", err)
+	}
+	if n > 0 {
+		r.log.Info("ended jobs of a crashed runner", "jobs", n)
+	}
+	entries, err := os.ReadDir(temp)
+	if err != nil {
+		return // making our own directory says why
+	}
+	for _, e := range entries {
+		name, ok := strings.CutPrefix(e.Name(), tempPrefix)
+		at := strings.LastIndexByte(name, '-')
+		if !ok || at < 0 || !e.IsDir() || !cgroup.InstanceGone(name[:at]) {
+			continue
+		}
+		if err := removeAll(filepath.Join(temp, e.Name())); err != nil {
+			r.log.Warn("a directory of a crashed runner remains", "error", err)
+		}
+	}
+}
+
+// Close removes what the runner keeps on the machine. Jobs must have ended.
+func (r *Runner) Close() error {
+	err := errors.Join(removeAll(r.temp), cgroup.Release(groupParent))
+	if err != nil {
+		return fmt.Errorf("close the shell runner: %w", err)
+	}
+	return nil
+}
+
+// Describe implements [runner.JobRunner].
+func (r *Runner) Describe(context.Context) (*runner.Description, error) {
+	groups, network := r.noGroup, ""
+	if r.groups != cgroup.None {
+		groups = r.groups.String()
+	}
+	switch {
+	case r.noNet != nil:
+		network = fmt.Sprintf("network_access none is not enforced and localhost is refused (%v); run the runner as root or with CAP_SYS_ADMIN", r.noNet)
+	case r.noLoop != nil:
+		network = fmt.Sprintf("network_access localhost is refused (%v)", r.noLoop)
+	}
+	features := []runner.Feature{
+		{Name: isolationProcessGroup, Available: true},
+		{Name: isolationNoNewPrivileges, Available: true},
+		{Name: isolationNoCapabilities, Available: true, Detail: "as root, a command is still the owner of root's files, those of the control groups among them; file_access is not enforced"},
+		{Name: isolationPrivateTemp, Available: true},
+		{Name: isolationRlimit, Available: true, Detail: r.unlimited()},
+		{Name: isolationCgroup, Available: r.groups != cgroup.None, Detail: groups},
+		{Name: isolationNetwork, Available: r.noNet == nil, Detail: network},
+		{Name: "landlock", Detail: "not used by this version: file_access none and read are not enforced; use the docker execution type to shut files off"},
+		{Name: "seccomp", Detail: "not used by this version; use the docker execution type to filter system calls"},
+	}
+	return &runner.Description{Name: "shell-runner", Types: r.types, Isolation: features}, nil
+}
+
+// The names of what holds a job.
+const (
+	isolationProcessGroup    = "process_group"
+	isolationNoNewPrivileges = "no_new_privileges"
+	isolationNoCapabilities  = "capabilities_dropped"
+	isolationPrivateTemp     = "private_tmp"
+	isolationRlimit          = "rlimit"
+	isolationCgroup          = "cgroup"
+	isolationNetwork         = "network_namespace"
+)
+
+// unlimited says which limit holds for nobody here; empty if all hold.
+func (r *Runner) unlimited() string {
+	if r.groups == cgroup.None && os.Getuid() == 0 {
+		return "resource_limits.processes is not enforced: without control groups the kernel does not bind root's processes"
+	}
+	return ""
+}
+
+// own tells whether someone waits for a process's status.
+func (r *Runner) own(pid int) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for a := range r.live {
+		if a.process.pid == pid {
+			return true
+		}
+	}
+	return false
+}
+
+func (r *Runner) setLive(a *attempt, live bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if live {
+		r.live[a] = true
+	} else {
+		delete(r.live, a)
+	}
+}

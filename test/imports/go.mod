@@ -1,0 +1,3 @@
+module github.com/specql/mesh/test/imports
+
+go 1.26.0
