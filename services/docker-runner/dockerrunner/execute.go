@@ -446,6 +446,7 @@ func (a *attempt) follow(ctx context.Context, id string, stdout *head, stderr *t
 	<-fed
 	<-sampled
 	if state != nil {
+		a.meter.finish(state.FinishedAt)
 		a.exitCode, a.oomKilled = new(int32(state.ExitCode)), new(state.OOMKilled) //nolint:gosec // an exit status fits
 	}
 	return state, failed

@@ -3,6 +3,7 @@ package dockerrunner
 import (
 	"context"
 	"encoding/json"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -38,9 +39,45 @@ type meter struct {
 	stats   *runnerv1.ResourceUsage
 	sampled time.Time
 	frozen  *runnerv1.ResourceUsage
-	// memory of the group at the last look while the container ran, in MiB.
+	// looks are the last readings of the group's memory, oldest first, and finished is when the
+	// engine says that the program ended: a later reading is of what was left of it.
+	looks    []look
+	finished time.Time
+}
+
+// look is one reading of a group's memory, in MiB.
+type look struct {
+	at     time.Time
 	memory *float64
 }
+
+// maxLooks is how many readings are kept: the end is told within a few of them.
+const maxLooks = 8
+
+// memory is the last reading while the program ran; nil for none. m.mu is held.
+func (m *meter) memory() *float64 {
+	for _, l := range slices.Backward(m.looks) {
+		if m.finished.IsZero() || l.at.Before(m.finished) {
+			return l.memory
+		}
+	}
+	return nil
+}
+
+// finish tells when the program ended, as the engine writes it; what cannot be read is no time.
+func (m *meter) finish(at string) {
+	t, err := time.Parse(time.RFC3339Nano, at)
+	if err != nil {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	// The program's memory goes a moment before the container counts as finished.
+	m.finished = t.Add(-finishMargin)
+}
+
+// finishMargin is how long before a container's end its memory may be gone already.
+const finishMargin = 20 * time.Millisecond
 
 func (m *meter) start() {
 	m.mu.Lock()
@@ -68,13 +105,17 @@ func (m *meter) usage() (u *runnerv1.ResourceUsage, oomKills int, groupUsed bool
 		u.NetworkRxMb, u.NetworkTxMb = m.stats.NetworkRxMb, m.stats.NetworkTxMb
 	}
 	if m.group != nil {
+		began := time.Now()
 		if g, err := m.group.Stat(); err == nil && g.CPUSeconds != nil && *g.CPUSeconds > 0 {
 			groupUsed, oomKills = true, g.OOMKills
 			u.Source = "cgroup"
 			if m.ended.IsZero() {
-				m.memory = g.MemoryMB
+				m.looks = append(m.looks, look{at: began, memory: g.MemoryMB})
+				if len(m.looks) > maxLooks {
+					m.looks = slices.Delete(m.looks, 0, 1)
+				}
 			}
-			u.CpuSeconds, u.MemoryMb, u.PeakMemoryMb = g.CPUSeconds, m.memory, g.PeakMemoryMB
+			u.CpuSeconds, u.MemoryMb, u.PeakMemoryMb = g.CPUSeconds, m.memory(), g.PeakMemoryMB
 			u.DiskReadMb, u.DiskWriteMb = larger(u.DiskReadMb, g.DiskReadMB), larger(u.DiskWriteMb, g.DiskWriteMB)
 		}
 	}
