@@ -1011,6 +1011,171 @@ func (x *Runner) GetDescription() *v1.DescribeResponse {
 	return nil
 }
 
+// SetExecutionTypesRequest says what to change. A type in both lists is an error.
+type SetExecutionTypesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types whose jobs fail from now on. A type that the mesh does not know is an error.
+	Disable []string `protobuf:"bytes,1,rep,name=disable,proto3" json:"disable,omitempty"`
+	// Types whose jobs are carried out again. A type that is enabled stays so.
+	Enable        []string `protobuf:"bytes,2,rep,name=enable,proto3" json:"enable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetExecutionTypesRequest) Reset() {
+	*x = SetExecutionTypesRequest{}
+	mi := &file_specql_v1_registry_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetExecutionTypesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetExecutionTypesRequest) ProtoMessage() {}
+
+func (x *SetExecutionTypesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_registry_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetExecutionTypesRequest.ProtoReflect.Descriptor instead.
+func (*SetExecutionTypesRequest) Descriptor() ([]byte, []int) {
+	return file_specql_v1_registry_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *SetExecutionTypesRequest) GetDisable() []string {
+	if x != nil {
+		return x.Disable
+	}
+	return nil
+}
+
+func (x *SetExecutionTypesRequest) GetEnable() []string {
+	if x != nil {
+		return x.Enable
+	}
+	return nil
+}
+
+// SetExecutionTypesResponse tells how things are after the change.
+type SetExecutionTypesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Every type that the mesh knows, by name: those with a runner, those built in, and those disabled.
+	Types         []*ExecutionTypeState `protobuf:"bytes,1,rep,name=types,proto3" json:"types,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetExecutionTypesResponse) Reset() {
+	*x = SetExecutionTypesResponse{}
+	mi := &file_specql_v1_registry_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetExecutionTypesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetExecutionTypesResponse) ProtoMessage() {}
+
+func (x *SetExecutionTypesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_registry_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetExecutionTypesResponse.ProtoReflect.Descriptor instead.
+func (*SetExecutionTypesResponse) Descriptor() ([]byte, []int) {
+	return file_specql_v1_registry_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *SetExecutionTypesResponse) GetTypes() []*ExecutionTypeState {
+	if x != nil {
+		return x.Types
+	}
+	return nil
+}
+
+// ExecutionTypeState is an execution type and whether its jobs are carried out.
+type ExecutionTypeState struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name, such as shell.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Whether its jobs are carried out.
+	Enabled bool `protobuf:"varint,2,opt,name=enabled,proto3" json:"enabled,omitempty"`
+	// When it was last disabled or enabled; absent if never.
+	ChangedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=changed_at,json=changedAt,proto3" json:"changed_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExecutionTypeState) Reset() {
+	*x = ExecutionTypeState{}
+	mi := &file_specql_v1_registry_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExecutionTypeState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExecutionTypeState) ProtoMessage() {}
+
+func (x *ExecutionTypeState) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_registry_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExecutionTypeState.ProtoReflect.Descriptor instead.
+func (*ExecutionTypeState) Descriptor() ([]byte, []int) {
+	return file_specql_v1_registry_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ExecutionTypeState) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ExecutionTypeState) GetEnabled() bool {
+	if x != nil {
+		return x.Enabled
+	}
+	return false
+}
+
+func (x *ExecutionTypeState) GetChangedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ChangedAt
+	}
+	return nil
+}
+
 var File_specql_v1_registry_proto protoreflect.FileDescriptor
 
 const file_specql_v1_registry_proto_rawDesc = "" +
@@ -1082,12 +1247,23 @@ const file_specql_v1_registry_proto_rawDesc = "" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x1c\n" +
 	"\treachable\x18\x03 \x01(\bR\treachable\x12\x14\n" +
 	"\x05error\x18\x04 \x01(\tR\x05error\x12D\n" +
-	"\vdescription\x18\x05 \x01(\v2\".specql.runner.v1.DescribeResponseR\vdescription2\xde\x02\n" +
+	"\vdescription\x18\x05 \x01(\v2\".specql.runner.v1.DescribeResponseR\vdescription\"L\n" +
+	"\x18SetExecutionTypesRequest\x12\x18\n" +
+	"\adisable\x18\x01 \x03(\tR\adisable\x12\x16\n" +
+	"\x06enable\x18\x02 \x03(\tR\x06enable\"P\n" +
+	"\x19SetExecutionTypesResponse\x123\n" +
+	"\x05types\x18\x01 \x03(\v2\x1d.specql.v1.ExecutionTypeStateR\x05types\"}\n" +
+	"\x12ExecutionTypeState\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\aenabled\x18\x02 \x01(\bR\aenabled\x129\n" +
+	"\n" +
+	"changed_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tchangedAt2\xbe\x03\n" +
 	"\x0fRegistryService\x12[\n" +
 	"\x10ValidateRegistry\x12\".specql.v1.ValidateRegistryRequest\x1a#.specql.v1.ValidateRegistryResponse\x12R\n" +
 	"\rApplyRegistry\x12\x1f.specql.v1.ApplyRegistryRequest\x1a .specql.v1.ApplyRegistryResponse\x12L\n" +
 	"\vGetRegistry\x12\x1d.specql.v1.GetRegistryRequest\x1a\x1e.specql.v1.GetRegistryResponse\x12L\n" +
-	"\vListRunners\x12\x1d.specql.v1.ListRunnersRequest\x1a\x1e.specql.v1.ListRunnersResponseB/Z-github.com/specql/mesh/gen/specql/v1;specqlv1b\x06proto3"
+	"\vListRunners\x12\x1d.specql.v1.ListRunnersRequest\x1a\x1e.specql.v1.ListRunnersResponse\x12^\n" +
+	"\x11SetExecutionTypes\x12#.specql.v1.SetExecutionTypesRequest\x1a$.specql.v1.SetExecutionTypesResponseB/Z-github.com/specql/mesh/gen/specql/v1;specqlv1b\x06proto3"
 
 var (
 	file_specql_v1_registry_proto_rawDescOnce sync.Once
@@ -1101,26 +1277,29 @@ func file_specql_v1_registry_proto_rawDescGZIP() []byte {
 	return file_specql_v1_registry_proto_rawDescData
 }
 
-var file_specql_v1_registry_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_specql_v1_registry_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_specql_v1_registry_proto_goTypes = []any{
-	(*Document)(nil),                 // 0: specql.v1.Document
-	(*ValidateRegistryRequest)(nil),  // 1: specql.v1.ValidateRegistryRequest
-	(*ValidateRegistryResponse)(nil), // 2: specql.v1.ValidateRegistryResponse
-	(*RegistryProblem)(nil),          // 3: specql.v1.RegistryProblem
-	(*ApplyRegistryRequest)(nil),     // 4: specql.v1.ApplyRegistryRequest
-	(*ApplyRegistryResponse)(nil),    // 5: specql.v1.ApplyRegistryResponse
-	(*GetRegistryRequest)(nil),       // 6: specql.v1.GetRegistryRequest
-	(*GetRegistryResponse)(nil),      // 7: specql.v1.GetRegistryResponse
-	(*ServiceInfo)(nil),              // 8: specql.v1.ServiceInfo
-	(*OperationInfo)(nil),            // 9: specql.v1.OperationInfo
-	(*Entity)(nil),                   // 10: specql.v1.Entity
-	(*Action)(nil),                   // 11: specql.v1.Action
-	(*ListRunnersRequest)(nil),       // 12: specql.v1.ListRunnersRequest
-	(*ListRunnersResponse)(nil),      // 13: specql.v1.ListRunnersResponse
-	(*Runner)(nil),                   // 14: specql.v1.Runner
-	(*timestamppb.Timestamp)(nil),    // 15: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),          // 16: google.protobuf.Struct
-	(*v1.DescribeResponse)(nil),      // 17: specql.runner.v1.DescribeResponse
+	(*Document)(nil),                  // 0: specql.v1.Document
+	(*ValidateRegistryRequest)(nil),   // 1: specql.v1.ValidateRegistryRequest
+	(*ValidateRegistryResponse)(nil),  // 2: specql.v1.ValidateRegistryResponse
+	(*RegistryProblem)(nil),           // 3: specql.v1.RegistryProblem
+	(*ApplyRegistryRequest)(nil),      // 4: specql.v1.ApplyRegistryRequest
+	(*ApplyRegistryResponse)(nil),     // 5: specql.v1.ApplyRegistryResponse
+	(*GetRegistryRequest)(nil),        // 6: specql.v1.GetRegistryRequest
+	(*GetRegistryResponse)(nil),       // 7: specql.v1.GetRegistryResponse
+	(*ServiceInfo)(nil),               // 8: specql.v1.ServiceInfo
+	(*OperationInfo)(nil),             // 9: specql.v1.OperationInfo
+	(*Entity)(nil),                    // 10: specql.v1.Entity
+	(*Action)(nil),                    // 11: specql.v1.Action
+	(*ListRunnersRequest)(nil),        // 12: specql.v1.ListRunnersRequest
+	(*ListRunnersResponse)(nil),       // 13: specql.v1.ListRunnersResponse
+	(*Runner)(nil),                    // 14: specql.v1.Runner
+	(*SetExecutionTypesRequest)(nil),  // 15: specql.v1.SetExecutionTypesRequest
+	(*SetExecutionTypesResponse)(nil), // 16: specql.v1.SetExecutionTypesResponse
+	(*ExecutionTypeState)(nil),        // 17: specql.v1.ExecutionTypeState
+	(*timestamppb.Timestamp)(nil),     // 18: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),           // 19: google.protobuf.Struct
+	(*v1.DescribeResponse)(nil),       // 20: specql.runner.v1.DescribeResponse
 }
 var file_specql_v1_registry_proto_depIdxs = []int32{
 	0,  // 0: specql.v1.ValidateRegistryRequest.registry:type_name -> specql.v1.Document
@@ -1131,29 +1310,33 @@ var file_specql_v1_registry_proto_depIdxs = []int32{
 	3,  // 5: specql.v1.ApplyRegistryResponse.problems:type_name -> specql.v1.RegistryProblem
 	8,  // 6: specql.v1.GetRegistryResponse.services:type_name -> specql.v1.ServiceInfo
 	10, // 7: specql.v1.GetRegistryResponse.entities:type_name -> specql.v1.Entity
-	15, // 8: specql.v1.GetRegistryResponse.applied_at:type_name -> google.protobuf.Timestamp
-	16, // 9: specql.v1.ServiceInfo.runner_config:type_name -> google.protobuf.Struct
-	16, // 10: specql.v1.ServiceInfo.security_policy:type_name -> google.protobuf.Struct
+	18, // 8: specql.v1.GetRegistryResponse.applied_at:type_name -> google.protobuf.Timestamp
+	19, // 9: specql.v1.ServiceInfo.runner_config:type_name -> google.protobuf.Struct
+	19, // 10: specql.v1.ServiceInfo.security_policy:type_name -> google.protobuf.Struct
 	9,  // 11: specql.v1.ServiceInfo.operations:type_name -> specql.v1.OperationInfo
-	16, // 12: specql.v1.OperationInfo.input_schema:type_name -> google.protobuf.Struct
-	16, // 13: specql.v1.OperationInfo.output_schema:type_name -> google.protobuf.Struct
+	19, // 12: specql.v1.OperationInfo.input_schema:type_name -> google.protobuf.Struct
+	19, // 13: specql.v1.OperationInfo.output_schema:type_name -> google.protobuf.Struct
 	11, // 14: specql.v1.Entity.actions:type_name -> specql.v1.Action
-	16, // 15: specql.v1.Action.input_schema:type_name -> google.protobuf.Struct
+	19, // 15: specql.v1.Action.input_schema:type_name -> google.protobuf.Struct
 	14, // 16: specql.v1.ListRunnersResponse.runners:type_name -> specql.v1.Runner
-	17, // 17: specql.v1.Runner.description:type_name -> specql.runner.v1.DescribeResponse
-	1,  // 18: specql.v1.RegistryService.ValidateRegistry:input_type -> specql.v1.ValidateRegistryRequest
-	4,  // 19: specql.v1.RegistryService.ApplyRegistry:input_type -> specql.v1.ApplyRegistryRequest
-	6,  // 20: specql.v1.RegistryService.GetRegistry:input_type -> specql.v1.GetRegistryRequest
-	12, // 21: specql.v1.RegistryService.ListRunners:input_type -> specql.v1.ListRunnersRequest
-	2,  // 22: specql.v1.RegistryService.ValidateRegistry:output_type -> specql.v1.ValidateRegistryResponse
-	5,  // 23: specql.v1.RegistryService.ApplyRegistry:output_type -> specql.v1.ApplyRegistryResponse
-	7,  // 24: specql.v1.RegistryService.GetRegistry:output_type -> specql.v1.GetRegistryResponse
-	13, // 25: specql.v1.RegistryService.ListRunners:output_type -> specql.v1.ListRunnersResponse
-	22, // [22:26] is the sub-list for method output_type
-	18, // [18:22] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	20, // 17: specql.v1.Runner.description:type_name -> specql.runner.v1.DescribeResponse
+	17, // 18: specql.v1.SetExecutionTypesResponse.types:type_name -> specql.v1.ExecutionTypeState
+	18, // 19: specql.v1.ExecutionTypeState.changed_at:type_name -> google.protobuf.Timestamp
+	1,  // 20: specql.v1.RegistryService.ValidateRegistry:input_type -> specql.v1.ValidateRegistryRequest
+	4,  // 21: specql.v1.RegistryService.ApplyRegistry:input_type -> specql.v1.ApplyRegistryRequest
+	6,  // 22: specql.v1.RegistryService.GetRegistry:input_type -> specql.v1.GetRegistryRequest
+	12, // 23: specql.v1.RegistryService.ListRunners:input_type -> specql.v1.ListRunnersRequest
+	15, // 24: specql.v1.RegistryService.SetExecutionTypes:input_type -> specql.v1.SetExecutionTypesRequest
+	2,  // 25: specql.v1.RegistryService.ValidateRegistry:output_type -> specql.v1.ValidateRegistryResponse
+	5,  // 26: specql.v1.RegistryService.ApplyRegistry:output_type -> specql.v1.ApplyRegistryResponse
+	7,  // 27: specql.v1.RegistryService.GetRegistry:output_type -> specql.v1.GetRegistryResponse
+	13, // 28: specql.v1.RegistryService.ListRunners:output_type -> specql.v1.ListRunnersResponse
+	16, // 29: specql.v1.RegistryService.SetExecutionTypes:output_type -> specql.v1.SetExecutionTypesResponse
+	25, // [25:30] is the sub-list for method output_type
+	20, // [20:25] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_specql_v1_registry_proto_init() }
@@ -1167,7 +1350,7 @@ func file_specql_v1_registry_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_specql_v1_registry_proto_rawDesc), len(file_specql_v1_registry_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,10 +19,11 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	RegistryService_ValidateRegistry_FullMethodName = "/specql.v1.RegistryService/ValidateRegistry"
-	RegistryService_ApplyRegistry_FullMethodName    = "/specql.v1.RegistryService/ApplyRegistry"
-	RegistryService_GetRegistry_FullMethodName      = "/specql.v1.RegistryService/GetRegistry"
-	RegistryService_ListRunners_FullMethodName      = "/specql.v1.RegistryService/ListRunners"
+	RegistryService_ValidateRegistry_FullMethodName  = "/specql.v1.RegistryService/ValidateRegistry"
+	RegistryService_ApplyRegistry_FullMethodName     = "/specql.v1.RegistryService/ApplyRegistry"
+	RegistryService_GetRegistry_FullMethodName       = "/specql.v1.RegistryService/GetRegistry"
+	RegistryService_ListRunners_FullMethodName       = "/specql.v1.RegistryService/ListRunners"
+	RegistryService_SetExecutionTypes_FullMethodName = "/specql.v1.RegistryService/SetExecutionTypes"
 )
 
 // RegistryServiceClient is the client API for RegistryService service.
@@ -42,6 +43,10 @@ type RegistryServiceClient interface {
 	GetRegistry(ctx context.Context, in *GetRegistryRequest, opts ...grpc.CallOption) (*GetRegistryResponse, error)
 	// ListRunners asks every runner what it is.
 	ListRunners(ctx context.Context, in *ListRunnersRequest, opts ...grpc.CallOption) (*ListRunnersResponse, error)
+	// SetExecutionTypes disables and enables execution types, at once and on every
+	// orchestrator: a job of a disabled type fails with DISABLED. It is all or nothing, and an
+	// empty request only reads.
+	SetExecutionTypes(ctx context.Context, in *SetExecutionTypesRequest, opts ...grpc.CallOption) (*SetExecutionTypesResponse, error)
 }
 
 type registryServiceClient struct {
@@ -92,6 +97,16 @@ func (c *registryServiceClient) ListRunners(ctx context.Context, in *ListRunners
 	return out, nil
 }
 
+func (c *registryServiceClient) SetExecutionTypes(ctx context.Context, in *SetExecutionTypesRequest, opts ...grpc.CallOption) (*SetExecutionTypesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SetExecutionTypesResponse)
+	err := c.cc.Invoke(ctx, RegistryService_SetExecutionTypes_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // RegistryServiceServer is the server API for RegistryService service.
 // All implementations must embed UnimplementedRegistryServiceServer
 // for forward compatibility.
@@ -109,6 +124,10 @@ type RegistryServiceServer interface {
 	GetRegistry(context.Context, *GetRegistryRequest) (*GetRegistryResponse, error)
 	// ListRunners asks every runner what it is.
 	ListRunners(context.Context, *ListRunnersRequest) (*ListRunnersResponse, error)
+	// SetExecutionTypes disables and enables execution types, at once and on every
+	// orchestrator: a job of a disabled type fails with DISABLED. It is all or nothing, and an
+	// empty request only reads.
+	SetExecutionTypes(context.Context, *SetExecutionTypesRequest) (*SetExecutionTypesResponse, error)
 	mustEmbedUnimplementedRegistryServiceServer()
 }
 
@@ -130,6 +149,9 @@ func (UnimplementedRegistryServiceServer) GetRegistry(context.Context, *GetRegis
 }
 func (UnimplementedRegistryServiceServer) ListRunners(context.Context, *ListRunnersRequest) (*ListRunnersResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListRunners not implemented")
+}
+func (UnimplementedRegistryServiceServer) SetExecutionTypes(context.Context, *SetExecutionTypesRequest) (*SetExecutionTypesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetExecutionTypes not implemented")
 }
 func (UnimplementedRegistryServiceServer) mustEmbedUnimplementedRegistryServiceServer() {}
 func (UnimplementedRegistryServiceServer) testEmbeddedByValue()                         {}
@@ -224,6 +246,24 @@ func _RegistryService_ListRunners_Handler(srv interface{}, ctx context.Context, 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _RegistryService_SetExecutionTypes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetExecutionTypesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RegistryServiceServer).SetExecutionTypes(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RegistryService_SetExecutionTypes_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RegistryServiceServer).SetExecutionTypes(ctx, req.(*SetExecutionTypesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // RegistryService_ServiceDesc is the grpc.ServiceDesc for RegistryService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -246,6 +286,10 @@ var RegistryService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListRunners",
 			Handler:    _RegistryService_ListRunners_Handler,
+		},
+		{
+			MethodName: "SetExecutionTypes",
+			Handler:    _RegistryService_SetExecutionTypes_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
