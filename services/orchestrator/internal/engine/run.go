@@ -326,7 +326,8 @@ func (r *run) take() *batch {
 	for _, s := range b.rec.Steps {
 		s.Sequence = next()
 	}
-	if b.rec.Create != nil || b.rec.Run != nil {
+	// Each record raises the sequence: that tells one that was written from one that was not.
+	if b.rec.Create != nil || b.rec.Run != nil || len(b.jobs)+len(b.rec.Steps) == 0 {
 		next()
 	}
 	b.rec.Sequence = r.state.Sequence

@@ -19,7 +19,8 @@ type JournalOptions struct {
 	MaxQueue int
 	// MaxLines is how many log lines wait at most; beyond, AppendLogs waits; 16384.
 	MaxLines int
-	// Tries is how often a batch is tried whose whole transaction fails; 6.
+	// Tries is how often a batch is tried whose whole transaction fails; 6. While the
+	// database is not available it is tried until Close, and Tries times from then on.
 	Tries int
 	// Backoff is the wait after the first try. It doubles, up to a second; 10 ms.
 	Backoff time.Duration
@@ -281,11 +282,10 @@ func (j *Journal) commit(batch []*entry) {
 		start := time.Now()
 		err = j.try("records", func(try int) error {
 			var err error
-			results, err = j.store.Commit(context.Background(), records)
-			if try > 0 {
-				forgive(records, results)
+			if results, err = j.commitOnce(records, try > 0); err != nil {
+				return err
 			}
-			return err
+			return nil
 		})
 		if err == nil && len(results) != len(records) {
 			err = errors.New("the store gave no result for each record")
@@ -307,28 +307,77 @@ func (j *Journal) commit(batch []*entry) {
 	}
 }
 
-// forgive clears the errors of runs that an earlier try created after all: a connection
-// that breaks during a commit leaves its outcome unknown to that try.
-func forgive(records []*Record, results []error) {
-	for i, err := range results {
-		if d, ok := errors.AsType[*DuplicateError](err); ok && d.RunID == records[i].RunID {
-			results[i] = nil
+// commitOnce commits the records. A connection that breaks during a commit leaves its outcome
+// unknown: before they are written again, those are left out that were written after all. A
+// run's sequence grows with each of its records, and an epoch has one writer.
+func (j *Journal) commitOnce(records []*Record, again bool) ([]error, error) {
+	if !again {
+		return j.store.Commit(context.Background(), records)
+	}
+	ids := make([]string, len(records))
+	for i, r := range records {
+		ids[i] = r.RunID
+	}
+	states, err := j.store.RunStates(context.Background(), ids)
+	if err != nil {
+		return nil, err
+	}
+	results := make([]error, len(records))
+	var rest []*Record
+	var places []int
+	for i, r := range records {
+		if state, ok := states[r.RunID]; ok && state.Epoch == r.Epoch && state.Sequence >= r.Sequence && r.Sequence > 0 {
+			continue
+		}
+		rest, places = append(rest, r), append(places, i)
+	}
+	if len(rest) == 0 {
+		return results, nil
+	}
+	some, err := j.store.Commit(context.Background(), rest)
+	if err != nil {
+		return nil, err
+	}
+	if len(some) != len(rest) {
+		return nil, nil // the caller says so
+	}
+	for i, at := range places {
+		results[at] = some[i]
+		if d, ok := errors.AsType[*DuplicateError](some[i]); ok && d.RunID == rest[i].RunID {
+			results[at] = nil
 		}
 	}
+	return results, nil
 }
 
 // try runs fn until it succeeds, a bounded number of times. What fails a whole transaction is
 // a busy or broken disk or connection, which may pass.
 func (j *Journal) try(what string, fn func(try int) error) error {
 	backoff := j.o.Backoff
-	for n := 0; ; n++ {
+	for n, bounded := 0, 0; ; n++ {
 		err := fn(n)
-		if err == nil || errors.Is(err, ErrClosed) || n+1 >= j.o.Tries {
+		if err == nil || errors.Is(err, ErrClosed) {
 			return err
 		}
-		j.o.Logger.Warn("the store failed, trying again", slog.String("what", what), slog.Int("try", n+1), slog.Any("error", err))
+		if !errors.Is(err, ErrUnavailable) || j.closing() {
+			if bounded++; bounded >= j.o.Tries {
+				return err
+			}
+		}
+		if n < j.o.Tries || n%30 == 0 {
+			j.o.Logger.Warn("the store failed, trying again", slog.String("what", what), slog.Int("try", n+1), slog.Any("error", err))
+		}
 		<-time.After(backoff)
 		backoff = min(2*backoff, time.Second)
+	}
+}
+
+func (j *Journal) closing() bool {
+	select {
+	case <-j.closed:
+		return true
+	default:
+		return false
 	}
 }
 

@@ -40,6 +40,9 @@ var (
 	ErrState = errors.New("the state does not allow this")
 	// ErrRefused: the database does not take what the record holds, now or later. Nothing was written.
 	ErrRefused = errors.New("the database refuses the record")
+	// ErrUnavailable: the database cannot be reached, or is starting or stopping. What was
+	// asked may succeed later; whether a commit took effect is not known.
+	ErrUnavailable = errors.New("the database is not available")
 	// ErrClosed: the store or the journal is closed.
 	ErrClosed = errors.New("closed")
 )
@@ -118,6 +121,8 @@ type Job struct {
 	// NextAttemptAt is when the next attempt may begin; zero for at once.
 	NextAttemptAt time.Time
 	Sequence      int64
+	// Adopted says, in Record.NewJobs, that the row is there already: [Store.ClaimJobs] gave it.
+	Adopted       bool
 	TenantID      string
 	TriggeredBy   string
 	CorrelationID string
@@ -197,7 +202,51 @@ type RunChange struct {
 	// Retry sets a failed or cancelled run to running again: Status is Running, Retries grows
 	// by one, and output, error, completed_at and the cancel request are cleared.
 	Retry bool
+	// Admit fills in what a run lacks that was inserted by SQL; nil for any other.
+	Admit *Admission
 }
+
+// Admission is what a pending run gets that a client inserted by SQL, which knows neither
+// plans nor defaults. Each field is set as it is.
+type Admission struct {
+	Snapshot string
+	EntityID string
+	// EntitySchema, EntityRow and Input as in [Run].
+	EntitySchema string
+	EntityRow    json.RawMessage
+	Input        json.RawMessage
+}
+
+// RunState is what tells whether a run has changed, and whose it is.
+type RunState struct {
+	Status   Status
+	Owner    string
+	Epoch    int64
+	Sequence int64
+	// LogSequence is the highest sequence of a log line; 0 for none.
+	LogSequence int64
+}
+
+// Requests are what was asked of runs of one owner, by whichever orchestrator.
+type Requests struct {
+	// Cancels are the reasons by run, of runs that have not ended.
+	Cancels map[string]string
+	// Signals are those that no step has taken, of runs that have not ended, oldest first.
+	Signals []*Signal
+}
+
+// Notice says what another client of the database did.
+type Notice int
+
+// The notices. One may come without a cause, and several causes may come as one.
+const (
+	// NoticeWork: there may be pending jobs or runs that nobody owns.
+	NoticeWork Notice = iota
+	// NoticeRequest: a cancel was asked for, or a signal came.
+	NoticeRequest
+	// NoticeRegistry: the registry in force or the execution types changed.
+	NoticeRegistry
+)
 
 // Record is what becomes durable at once or not at all: any set of changes of one run.
 // One record holds "this step ended" together with "the next one begins".
@@ -213,7 +262,9 @@ type Record struct {
 	InsertRow *EntityRow
 	UpdateRow *EntityRow
 	Run       *RunChange
-	// NewJobs are inserted. ChangedJobs set every column that can change after the start:
+	// NewJobs are inserted; those that are Adopted take the place of the pending row with
+	// their id, which keeps its identifier and created_at (ErrState where it is not pending or
+	// has a run). ChangedJobs set every column that can change after the start:
 	// status, attempts, next attempt, output, error, usage, security, times, sequence.
 	NewJobs     []*Job
 	ChangedJobs []*Job
@@ -251,7 +302,8 @@ type Store interface {
 	// for each record: nil, or a *DuplicateError, ErrFenced, ErrState, ErrNotFound or ErrRefused
 	// (wrapped), or a *fault.Error where the entity's row breaks a rule of its table, in
 	// which case nothing of that record was written. The second result is the failure of the
-	// whole transaction, of which then nothing was written as far as is known.
+	// whole transaction, of which then nothing was written as far as is known: with
+	// ErrUnavailable it may have been, which RunStates tells.
 	Commit(ctx context.Context, records []*Record) ([]error, error)
 
 	// Run returns a run; ErrNotFound.
@@ -265,10 +317,44 @@ type Store interface {
 	// Runs lists runs, newest first, without input, output and entity row.
 	Runs(ctx context.Context, f RunFilter) ([]*Run, error)
 
+	// RunStates returns the states of runs by id; ids that are no runs are left out.
+	RunStates(ctx context.Context, ids []string) (map[string]RunState, error)
+
+	// Heartbeat tells that owner lives and returns the beats of all registered owners, by
+	// owner: each call raises the owner's own by one. register makes the owner known;
+	// without it, ErrFenced says that the owner was buried: its runs are others' by now.
+	Heartbeat(ctx context.Context, owner string, register bool) (map[string]int64, error)
+	// Bury makes an owner unknown, so that its runs can be claimed, if its beat is still the
+	// one that is given. It reports whether it did.
+	Bury(ctx context.Context, owner string, beat int64) (bool, error)
 	// Claim makes owner the owner of at most limit runs that are pending or running and
-	// whose owner is another one which is not alive, or none, raises their epoch, and returns
-	// them as Runs does. An embedded store has one owner at a time, so every other owner is dead.
+	// whose owner is not registered, or none, raises their epoch, and returns them as Runs
+	// does. Runs that owner has already are left out. An embedded store has one owner at a time, so every other owner is dead.
 	Claim(ctx context.Context, owner string, limit int) ([]*Run, error)
+	// Release gives up runs that owner has and that have not ended: whoever claims next has
+	// them. Runs of another owner stay as they are.
+	Release(ctx context.Context, owner string, runIDs []string) error
+	// Retire makes owner unknown and gives up all of its runs and jobs that it claimed.
+	Retire(ctx context.Context, owner string) error
+	// ClaimJobs returns at most limit pending jobs that a client inserted without a run,
+	// oldest first, and makes them owner's, so that no other registered owner gets them. They
+	// become part of a run as Adopted jobs of a record. An embedded store has none.
+	ClaimJobs(ctx context.Context, owner string, limit int) ([]*Job, error)
+	// Requests returns what was asked of an owner's runs.
+	Requests(ctx context.Context, owner string) (*Requests, error)
+	// Listen tells of what other clients of the database do, until ctx ends or for good, in
+	// which case the error says why. It reconnects by itself; fn is quick. Notices may get
+	// lost, so that a caller also has to look by itself from time to time. An embedded
+	// store, which has no other clients, waits for the end of ctx.
+	Listen(ctx context.Context, fn func(Notice)) error
+	// Maintain does what has to be done from time to time: it deletes runs and jobs that
+	// ended more than retain ago (0: none), in small transactions, and puts statistics
+	// together. It does nothing where another orchestrator is at it.
+	Maintain(ctx context.Context, retain time.Duration) error
+	// SetExecutionTypes disables and enables execution types; calls of a disabled one fail.
+	SetExecutionTypes(ctx context.Context, disable, enable []string) error
+	// ExecutionTypes returns the types that were ever set, with true for enabled ones.
+	ExecutionTypes(ctx context.Context) (map[string]bool, error)
 	// ClaimRun makes owner the owner of one failed or cancelled run, for a retry, and raises
 	// its epoch; ErrNotFound, ErrState.
 	ClaimRun(ctx context.Context, owner, runID string) (*Run, error)

@@ -202,6 +202,10 @@ func (a *application) fence() error {
 				started_at = coalesce(?, started_at), completed_at = coalesce(?, completed_at)
 			WHERE id = ? AND epoch = ?`, r.Sequence, a.now, textValue(string(c.Status)), jsonValue(c.Output),
 			e[0], e[1], e[2], e[3], timeValue(c.StartedAt), timeValue(c.CompletedAt), r.RunID, r.Epoch)
+		if m := c.Admit; m != nil && err == nil && n > 0 {
+			n, err = a.exec(`UPDATE jobs.tb_workflow_run SET snapshot = ?, entity_id = ?, entity_schema = ?, entity_row = ?, input_data = ?
+				WHERE id = ?`, textValue(m.Snapshot), textValue(m.EntityID), textValue(m.EntitySchema), jsonValue(m.EntityRow), jsonValue(m.Input), r.RunID)
+		}
 	}
 	if err != nil {
 		return err

@@ -100,6 +100,8 @@ func one[T any](ctx context.Context, q querier, scan func(scanner) (T, error), t
 	return v, err
 }
 
+func isNotFound(err error) bool { return errors.Is(err, store.ErrNotFound) }
+
 // read begins a read; its end must be told. ErrClosed after Close.
 func (s *Store) read() (end func(), err error) {
 	s.reads.RLock()

@@ -56,6 +56,8 @@ type Store struct {
 
 	mu     sync.RWMutex
 	tables map[string]table // columns of entity tables, by table name
+	owner  string           // registered; empty for none
+	beat   int64
 }
 
 var _ store.Store = (*Store)(nil)
