@@ -27,6 +27,12 @@ type gateStore struct {
 	batches [][]int64 // sequences of the records of each commit that was tried
 	order   []string  // what was written, in order
 	results func(*store.Record) error
+	// states is what the database says of runs after a commit whose outcome was lost.
+	states map[string]store.RunState
+}
+
+func (g *gateStore) RunStates(context.Context, []string) (map[string]store.RunState, error) {
+	return g.states, nil
 }
 
 func (g *gateStore) Commit(_ context.Context, records []*store.Record) ([]error, error) {
@@ -238,6 +244,57 @@ func TestJournalForgivesItsOwnFirstTry(t *testing.T) {
 			closeJournal(t, j)
 		})
 	}
+}
+
+// A commit whose answer was lost had taken effect for one record and not for the other: only
+// that one is written again.
+func TestJournalWritesNothingTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st := &gateStore{gate: make(chan error, 8), states: map[string]store.RunState{
+			"written": {Epoch: 1, Sequence: 7}, "before": {Epoch: 1, Sequence: 6}, "taken over": {Epoch: 2, Sequence: 9},
+		}}
+		j := store.NewJournal(st, store.JournalOptions{})
+		held := appending(t.Context(), j, record(1)) // holds the next three back, so that they are one batch
+		var done []<-chan error
+		for _, id := range []string{"written", "before", "taken over"} {
+			done = append(done, appending(t.Context(), j, &store.Record{RunID: id, Epoch: 1, Sequence: 7}))
+		}
+		st.gate <- nil
+		require.NoError(t, <-held)
+		st.gate <- fmt.Errorf("the server went away: %w", store.ErrUnavailable)
+		st.gate <- nil
+		for _, d := range done {
+			require.NoError(t, <-d)
+		}
+		closeJournal(t, j)
+		require.Equal(t, [][]int64{{1}, {7, 7}}, st.batches, "the second batch without the record that was written")
+	})
+}
+
+// While the database cannot be reached nothing is given up, and at the end it is.
+func TestJournalWaitsForTheDatabase(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st := &gateStore{gate: make(chan error)}
+		j := store.NewJournal(st, store.JournalOptions{Tries: 3})
+		away := fmt.Errorf("connection refused: %w", store.ErrUnavailable)
+		first := appending(t.Context(), j, record(1))
+		for range 100 {
+			st.gate <- away
+		}
+		st.gate <- nil
+		require.NoError(t, <-first)
+		second := appending(t.Context(), j, record(2))
+		st.gate <- away
+		synctest.Wait()
+		closed := make(chan error, 1)
+		go func() { closed <- j.Close() }()
+		synctest.Wait()
+		for range 3 {
+			st.gate <- away
+		}
+		require.ErrorIs(t, <-second, store.ErrUnavailable)
+		require.NoError(t, <-closed)
+	})
 }
 
 func TestJournalWritesLinesBeforeLaterRecords(t *testing.T) {
