@@ -26,6 +26,7 @@ type subscriber struct {
 	next    int64
 	usageAt int64
 	wake    chan struct{} // holds a token when there is something new
+	renewed bool          // a renewal is to be answered
 	refused error         // why the stream must end, once set
 }
 
@@ -77,6 +78,14 @@ func (f *feed) follows(s *subscriber) bool {
 	return s.refused == nil
 }
 
+// renewed answers a renewal.
+func (f *feed) renewed(s *subscriber) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s.renewed = true
+	s.notify()
+}
+
 func (f *feed) log(l *runnerv1.Log) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -106,6 +115,10 @@ func (f *feed) take(s *subscriber) (events []*runnerv1.ExecuteResponse, end bool
 	defer f.mu.Unlock()
 	if s.refused != nil {
 		return nil, true, s.refused
+	}
+	if s.renewed {
+		s.renewed = false
+		events = append(events, &runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Renewed{Renewed: &runnerv1.Renewed{}}})
 	}
 	from := min(int(s.next-f.first), len(f.events))
 	events = append(events, f.events[from:]...)

@@ -234,7 +234,11 @@ func (h *Handler) Execute(stream grpc.BidiStreamingServer[runnerv1.ExecuteReques
 	if err != nil {
 		return fault.ToStatus(err).Err()
 	}
-	j, sub, attached, err := h.admit(ctx, asked, start.GetLease().AsDuration())
+	// A process that was stopped finds starts in its buffers that were given up long ago.
+	if ctx.Err() != nil {
+		return status.FromContextError(ctx.Err()).Err()
+	}
+	j, sub, attached, err := h.admit(ctx, asked, start.GetLease().AsDuration(), start.GetAttachOnly())
 	if err != nil {
 		return fault.ToStatus(err).Err()
 	}
@@ -281,7 +285,7 @@ func (h *Handler) steer(stream grpc.BidiStreamingServer[runnerv1.ExecuteRequest,
 			reason := cmp.Or(cut(strings.ToValidUTF8(c.Cancel.GetReason(), ""), maxDetailText), "cancelled")
 			j.cancel(fault.New(fault.Cancelled, "%s", reason))
 		case *runnerv1.ExecuteRequest_Renew:
-			// While the stream lives the lease does; it counts once the stream broke.
+			h.renew(j, sub)
 		default:
 			j.feed.refuseOne(sub, status.Error(codes.InvalidArgument, "start is the first message alone"))
 			return
@@ -289,8 +293,8 @@ func (h *Handler) steer(stream grpc.BidiStreamingServer[runnerv1.ExecuteRequest,
 	}
 }
 
-// admit finds the job to attach to, or starts it.
-func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration) (*job, *subscriber, bool, error) {
+// admit finds the job to attach to, or starts it unless it is only to be attached to.
+func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration, attachOnly bool) (*job, *subscriber, bool, error) {
 	if err := h.serves(asked.Service.ExecutionType); err != nil {
 		return nil, nil, false, err
 	}
@@ -310,6 +314,8 @@ func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration) (*
 		return nil, nil, false, staleEpoch(asked, past.epoch)
 	}
 	switch {
+	case attachOnly:
+		return nil, nil, false, status.Errorf(codes.NotFound, "job %s neither runs here nor ended here a short time ago", clip(asked.ID))
 	case h.draining:
 		return nil, nil, false, status.Error(codes.Unavailable, "the runner is shutting down and takes no new jobs")
 	case h.inFlight >= h.o.MaxConcurrency:
@@ -318,7 +324,7 @@ func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration) (*
 	if j, ok := h.jobs[asked.ID]; ok {
 		h.forget(j)
 	}
-	j := &job{job: asked, feed: &feed{}, epoch: asked.Epoch, lease: lease, running: true}
+	j := &job{job: asked, feed: &feed{}, epoch: asked.Epoch, running: true}
 	j.sink = &sink{feed: j.feed, mask: &masker{}}
 	// The job outlives the stream if it has a lease; it keeps the stream's trace.
 	ctx, j.cancel = context.WithCancelCause(telemetry.With(context.WithoutCancel(ctx),
@@ -327,6 +333,7 @@ func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration) (*
 	h.inFlight++
 	h.gauge.Inc()
 	h.work.Add(1)
+	h.hold(j, lease)
 	sub := j.feed.subscribe()
 	go h.run(ctx, j)
 	return j, sub, false, nil
@@ -346,7 +353,7 @@ func (h *Handler) attach(j *job, asked *Job, lease time.Duration) (*subscriber, 
 		}
 		return nil, nil
 	}
-	if j.abandoned {
+	if h.lapsed(j) {
 		return nil, status.Errorf(codes.Unavailable, "job %s was given up and is being ended here; try again in a moment", clip(asked.ID))
 	}
 	if !j.same(asked) {
@@ -356,43 +363,66 @@ func (h *Handler) attach(j *job, asked *Job, lease time.Duration) (*subscriber, 
 		j.feed.refuse(status.Errorf(codes.Aborted, "epoch %d took the job over", asked.Epoch))
 		j.epoch = asked.Epoch
 	}
-	j.lease = lease
-	if j.lapse != nil {
-		j.lapse.Stop()
-		j.lapse = nil
-	}
+	h.hold(j, lease)
 	return j.feed.subscribe(), nil
+}
+
+// hold begins a job's lease. Without one the job lives as long as a stream follows it.
+func (h *Handler) hold(j *job, lease time.Duration) {
+	j.lease, j.until = lease, time.Now().Add(lease)
+	switch {
+	case lease <= 0:
+		if j.lapse != nil {
+			j.lapse.Stop()
+		}
+	case j.lapse != nil:
+		j.lapse.Reset(lease)
+	default:
+		j.lapse = time.AfterFunc(lease, func() {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			h.lapsed(j)
+		})
+	}
+}
+
+// renew begins the lease anew, and answers, if the stream may still speak for the job.
+func (h *Handler) renew(j *job, sub *subscriber) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !j.running || !j.feed.follows(sub) || h.lapsed(j) {
+		return
+	}
+	if j.lease > 0 {
+		h.hold(j, j.lease)
+	}
+	j.feed.renewed(sub)
+}
+
+// lapsed tells whether nobody wants the job any more, and ends it if it has just come to
+// that. The clock decides and not the timer alone: a process that was stopped may read a
+// renewal before its timer fires, and that one may be as old as the stop was long.
+func (h *Handler) lapsed(j *job) bool {
+	if j.running && !j.abandoned && j.lease > 0 && !time.Now().Before(j.until) {
+		j.abandoned = true
+		j.cancel(fault.Wrap(errLapsed, fault.Unavailable,
+			"the lease of %s lapsed: the orchestrator did not renew it in time, and the job was ended", j.lease))
+	}
+	return j.abandoned
 }
 
 func staleEpoch(asked *Job, owner int64) error {
 	return status.Errorf(codes.FailedPrecondition, "epoch %d of job %s is over: epoch %d owns it", asked.Epoch, clip(asked.ID), owner)
 }
 
-// leave takes a stream off a job. The last one leaves the lease running, or ends the job.
+// leave takes a stream off a job. A job with a lease runs on; any other ends with its last stream.
 func (h *Handler) leave(j *job, sub *subscriber) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if last := j.feed.unsubscribe(sub); !last || !j.running {
-		return
-	}
-	if j.lease <= 0 {
+	if last := j.feed.unsubscribe(sub); last && j.running && j.lease <= 0 && !j.abandoned {
 		j.abandoned = true
 		j.cancel(fault.New(fault.Cancelled, "the caller went away"))
-		return
 	}
-	var lapse *time.Timer
-	lapse = time.AfterFunc(j.lease, func() {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		if j.lapse == lapse && j.running {
-			j.abandoned = true
-			j.cancel(fault.New(fault.Unavailable, "the lease of %s lapsed without a word from the orchestrator", j.lease))
-		}
-	})
-	if j.lapse != nil {
-		j.lapse.Stop()
-	}
-	j.lapse = lapse
 }
 
 // run carries an attempt out.
@@ -408,7 +438,7 @@ func (h *Handler) run(ctx context.Context, j *job) {
 	took := time.Since(start)
 	j.sink.close()
 	fin, failure := j.finished(res, err, cause, took, h.o.Identity)
-	fin.HandedBack = errors.Is(cause, errHandedBack)
+	fin.HandedBack = errors.Is(cause, errHandedBack) || errors.Is(cause, errLapsed)
 
 	outcome := "completed"
 	if failure != nil {
@@ -508,8 +538,14 @@ func (h *Handler) forget(j *job) {
 	}
 }
 
-// errHandedBack is why the jobs end that outlast a drain.
-var errHandedBack = errors.New("handed back")
+// What a job ends with that is to be run again and counts as no attempt.
+var (
+	// errHandedBack is why the jobs end that outlast a drain.
+	errHandedBack = errors.New("handed back")
+	// errLapsed is why the jobs end whose lease was not renewed. It was the orchestrator that
+	// failed them, or what lies between, so that it costs them no attempt.
+	errLapsed = errors.New("the lease lapsed")
+)
 
 // Drain takes no new jobs and waits for the running ones. When ctx ends first they are
 // cancelled as UNAVAILABLE, so that they are tried elsewhere, and Drain waits for their end.

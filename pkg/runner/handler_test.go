@@ -319,24 +319,118 @@ func TestATakeoverEndsTheOldStream(t *testing.T) {
 
 func TestALapsedLeaseEndsTheJob(t *testing.T) {
 	t.Parallel()
-	ended := make(chan error, 1)
-	client := runnertest.Start(t, one(func(ctx context.Context, _ *runner.Job, sink runner.Sink) (*runner.Result, error) {
-		sink.Log("stdout", "running")
-		<-ctx.Done()
-		ended <- context.Cause(ctx)
-		return &runner.Result{}, nil
-	}))
-	j := job("j")
-	j.Lease = durationpb.New(20 * time.Millisecond)
-	call := runnertest.Begin(t, client, j)
-	call.Line("running")
-	call.Break()
-	select {
-	case cause := <-ended:
-		require.ErrorContains(t, cause, "UNAVAILABLE: the lease of 20ms lapsed")
-	case <-time.After(runnertest.Patience):
-		require.Fail(t, "the job lives on")
+	for name, leave := range map[string]bool{"of a stream that broke": true, "of a stream that lives": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ended := make(chan error, 1)
+			s := one(func(ctx context.Context, _ *runner.Job, sink runner.Sink) (*runner.Result, error) {
+				sink.Log("stdout", "running")
+				<-ctx.Done()
+				ended <- context.Cause(ctx)
+				return &runner.Result{}, nil
+			})
+			client := runnertest.Start(t, s)
+			j := job("j")
+			j.Lease = durationpb.New(50 * time.Millisecond)
+			call := runnertest.Begin(t, client, j)
+			call.Line("running")
+			if leave {
+				call.Break()
+			}
+			select {
+			case cause := <-ended:
+				require.ErrorContains(t, cause, "UNAVAILABLE: the lease of 50ms lapsed")
+			case <-time.After(runnertest.Patience):
+				require.Fail(t, "the job lives on")
+			}
+			out := call.Wait()
+			if leave {
+				return
+			}
+			require.NoError(t, out.Err)
+			require.Equal(t, string(fault.Unavailable), out.Code())
+			require.Contains(t, out.Finished.GetError().GetMessage(), "the lease of 50ms lapsed")
+			require.True(t, out.Finished.GetHandedBack(), "it costs the job no attempt")
+
+			// What was not the job's fault is not its result: sent again, it runs again.
+			again := runnertest.Begin(t, client, j)
+			require.False(t, again.Started().GetAttached())
+			again.Wait()
+			require.Equal(t, 2, s.ran("j"))
+		})
 	}
+}
+
+func TestRenewalsKeepTheJob(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	client := runnertest.Start(t, one(func(ctx context.Context, _ *runner.Job, _ runner.Sink) (*runner.Result, error) {
+		select {
+		case <-release:
+		case <-ctx.Done():
+		}
+		return &runner.Result{Output: json.RawMessage(`1`)}, nil
+	}))
+	const lease = time.Second
+	j := job("j")
+	j.Lease = durationpb.New(lease)
+	call := runnertest.Begin(t, client, j)
+	call.Started()
+	for began := time.Now(); time.Since(began) < 3*lease; {
+		call.Renew()
+		call.Until(func(e *runnerv1.ExecuteResponse) bool { return e.GetRenewed() != nil })
+	}
+	close(release)
+	out := call.Wait()
+	require.Empty(t, out.Code(), "the job outlived its first lease: %v", out.Finished.GetError())
+	require.Equal(t, "1", string(out.Finished.GetOutput()))
+}
+
+func TestAttachOnlyBeginsNothing(t *testing.T) {
+	t.Parallel()
+	s := &scripted{operations: map[string]operation{"op": untilEnd, "quick": succeed(`1`), "fail": func(context.Context, *runner.Job, runner.Sink) (*runner.Result, error) {
+		return &runner.Result{Err: fault.New(fault.RemoteError, "no")}, nil
+	}}}
+	client := runnertest.Start(t, s, runner.Options{MaxConcurrency: 1})
+	only := func(j *runnerv1.Job) *runnerv1.Job {
+		j = proto.CloneOf(j)
+		j.AttachOnly = true
+		return j
+	}
+	refused := func(j *runnerv1.Job) {
+		t.Helper()
+		out := runnertest.Execute(t, client, only(j))
+		require.Equal(t, codes.NotFound, status.Code(out.Err))
+		require.Nil(t, out.Started)
+	}
+	refused(job("j"))
+	refused(job(""))
+	require.Zero(t, s.ran("j"))
+
+	j := job("j")
+	j.Lease = durationpb.New(time.Minute)
+	first := runnertest.Begin(t, client, j)
+	first.Line("running")
+	first.Break()
+	first.Wait()
+	refused(job("k")) // not RESOURCE_EXHAUSTED: it wants no place
+	again := runnertest.Begin(t, client, only(j))
+	require.True(t, again.Started().GetAttached())
+	again.Cancel("")
+	require.Equal(t, string(fault.Cancelled), again.Wait().Code())
+	refused(j)
+	require.Equal(t, 1, s.ran("j"))
+
+	for _, name := range []string{"quick", "fail"} {
+		j = job(name)
+		j.Operation.Name = name
+		out := runnertest.Execute(t, client, j)
+		kept := runnertest.Execute(t, client, only(j))
+		require.True(t, kept.Started.GetAttached(), "what ended is kept for who lost the stream")
+		require.True(t, proto.Equal(out.Finished, kept.Finished))
+	}
+	j.Attempt = 2
+	refused(j) // the failure of another attempt is not its answer
 }
 
 func TestAnAbandonedJobIsNotAttachedTo(t *testing.T) {
@@ -403,7 +497,7 @@ func TestAnOldEpochDoesNotComeBack(t *testing.T) {
 			s := one(untilEnd)
 			client := runnertest.Start(t, s)
 			j := job("j")
-			j.Epoch, j.Lease = 5, durationpb.New(20*time.Millisecond)
+			j.Epoch, j.Lease = 5, durationpb.New(50*time.Millisecond)
 			call := runnertest.Begin(t, client, j)
 			call.Line("running")
 			end(call)

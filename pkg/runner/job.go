@@ -28,8 +28,9 @@ type job struct {
 
 	// The rest is guarded by Handler.mu.
 	epoch   int64
-	lease   time.Duration
-	lapse   *time.Timer // ends the job when nobody has attached to it in time
+	lease   time.Duration // 0 for a job that lives as long as a stream follows it
+	until   time.Time     // end of the lease
+	lapse   *time.Timer   // ends the job then
 	running bool
 	// abandoned: nobody wants it any more, it is being ended.
 	abandoned bool

@@ -60,6 +60,7 @@ func Conformance(t *testing.T, jr runner.JobRunner, c Cases) {
 		{"big output", s.bigOutput},
 		{"full", s.full},
 		{"duplicate", s.duplicate},
+		{"lease", s.lease},
 		{"drain", s.drain},
 	} {
 		if !t.Run(part.name, part.run) && part.name == "execute" {
@@ -320,6 +321,24 @@ func (s *suite) duplicate(t *testing.T) {
 	require.False(t, one.Started.GetAttached())
 	require.True(t, two.Started.GetAttached())
 	require.Equal(t, one.Finished.GetOutput(), two.Finished.GetOutput())
+}
+
+// lease checks that a job ends whose orchestrator stopped without closing its stream.
+func (s *suite) lease(t *testing.T) {
+	client := Start(t, s.jr)
+	job := s.job(s.c.Slow)
+	job.Lease = durationpb.New(time.Minute)
+	call := s.slow(t, client, job)
+	short := proto.CloneOf(job)
+	short.Lease = durationpb.New(100 * time.Millisecond)
+	short.AttachOnly = true
+	require.True(t, Begin(t, client, short).Started().GetAttached())
+	out := call.Wait()
+	require.NoError(t, out.Err)
+	require.Equal(t, string(fault.Unavailable), out.Code())
+	require.Contains(t, out.Finished.GetError().GetMessage(), "the lease of 100ms lapsed")
+	require.True(t, out.Finished.GetHandedBack())
+	s.gone(t)
 }
 
 func (s *suite) drain(t *testing.T) {

@@ -694,7 +694,7 @@ type ExecuteRequest_Cancel struct {
 }
 
 type ExecuteRequest_Renew struct {
-	// Says that the orchestrator still owns the job.
+	// Says that the orchestrator still owns the job: its lease begins anew.
 	Renew *Renew `protobuf:"bytes,3,opt,name=renew,proto3,oneof"`
 }
 
@@ -727,7 +727,9 @@ type Job struct {
 	Input []byte `protobuf:"bytes,9,opt,name=input,proto3" json:"input,omitempty"`
 	// Longest time that the attempt may take.
 	Timeout *durationpb.Duration `protobuf:"bytes,10,opt,name=timeout,proto3" json:"timeout,omitempty"`
-	// Without a renewal for so long after the stream broke, the runner ends the job. Absent: at once.
+	// How long the runner goes on with the job after the last start or renew that it got, whatever
+	// the stream does. When it lapses the runner ends the job and hands it back. Absent: the job
+	// lives as long as a stream follows it.
 	Lease *durationpb.Duration `protobuf:"bytes,11,opt,name=lease,proto3" json:"lease,omitempty"`
 	// Who asked for the run.
 	Subject string `protobuf:"bytes,12,opt,name=subject,proto3" json:"subject,omitempty"`
@@ -735,6 +737,9 @@ type Job struct {
 	TenantId string `protobuf:"bytes,13,opt,name=tenant_id,json=tenantId,proto3" json:"tenant_id,omitempty"`
 	// The caller's own id for what the run belongs to.
 	CorrelationId string `protobuf:"bytes,14,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
+	// Begin nothing: attach to the job if it runs here or ended here a short time ago, and
+	// otherwise refuse with NOT_FOUND. For a caller whose stream broke in the middle of the job.
+	AttachOnly    bool `protobuf:"varint,15,opt,name=attach_only,json=attachOnly,proto3" json:"attach_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -867,6 +872,13 @@ func (x *Job) GetCorrelationId() string {
 	return ""
 }
 
+func (x *Job) GetAttachOnly() bool {
+	if x != nil {
+		return x.AttachOnly
+	}
+	return false
+}
+
 // Cancel ends a job.
 type Cancel struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -913,7 +925,8 @@ func (x *Cancel) GetReason() string {
 	return ""
 }
 
-// Renew has no fields yet.
+// Renew begins the lease of a job anew. One of a stream that a higher epoch has taken the job
+// from, or that comes after the lease has lapsed, renews nothing.
 type Renew struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -961,6 +974,7 @@ type ExecuteResponse struct {
 	//	*ExecuteResponse_Log
 	//	*ExecuteResponse_Usage
 	//	*ExecuteResponse_Finished
+	//	*ExecuteResponse_Renewed
 	Event         isExecuteResponse_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1039,6 +1053,15 @@ func (x *ExecuteResponse) GetFinished() *Finished {
 	return nil
 }
 
+func (x *ExecuteResponse) GetRenewed() *Renewed {
+	if x != nil {
+		if x, ok := x.Event.(*ExecuteResponse_Renewed); ok {
+			return x.Renewed
+		}
+	}
+	return nil
+}
+
 type isExecuteResponse_Event interface {
 	isExecuteResponse_Event()
 }
@@ -1063,6 +1086,11 @@ type ExecuteResponse_Finished struct {
 	Finished *Finished `protobuf:"bytes,4,opt,name=finished,proto3,oneof"`
 }
 
+type ExecuteResponse_Renewed struct {
+	// The lease was renewed: the answer to a renew, or to several of them.
+	Renewed *Renewed `protobuf:"bytes,5,opt,name=renewed,proto3,oneof"`
+}
+
 func (*ExecuteResponse_Started) isExecuteResponse_Event() {}
 
 func (*ExecuteResponse_Log) isExecuteResponse_Event() {}
@@ -1070,6 +1098,8 @@ func (*ExecuteResponse_Log) isExecuteResponse_Event() {}
 func (*ExecuteResponse_Usage) isExecuteResponse_Event() {}
 
 func (*ExecuteResponse_Finished) isExecuteResponse_Event() {}
+
+func (*ExecuteResponse_Renewed) isExecuteResponse_Event() {}
 
 // Started says that the job has begun.
 type Started struct {
@@ -1126,6 +1156,44 @@ func (x *Started) GetAttached() bool {
 	return false
 }
 
+// Renewed tells the orchestrator that the runner heard it. A runner that stops answering is lost,
+// however alive its connection looks.
+type Renewed struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Renewed) Reset() {
+	*x = Renewed{}
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Renewed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Renewed) ProtoMessage() {}
+
+func (x *Renewed) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Renewed.ProtoReflect.Descriptor instead.
+func (*Renewed) Descriptor() ([]byte, []int) {
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{15}
+}
+
 // Log is a line that the job wrote, without its line end, secrets masked.
 type Log struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1143,7 +1211,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1155,7 +1223,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1168,7 +1236,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{15}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Log) GetLine() int64 {
@@ -1212,8 +1280,9 @@ type Finished struct {
 	Usage *ResourceUsage `protobuf:"bytes,4,opt,name=usage,proto3" json:"usage,omitempty"`
 	// What was checked.
 	Security *SecurityContext `protobuf:"bytes,5,opt,name=security,proto3" json:"security,omitempty"`
-	// The runner shuts down and has ended the job itself: it is to be run elsewhere, and this
-	// counts as no attempt.
+	// The runner has ended the job itself, because it shuts down or because the orchestrator let
+	// the lease lapse: it is to be run again, with the same idempotency key, and this counts as no
+	// attempt. An orchestrator that lost the run meanwhile does not run it again.
 	HandedBack    bool `protobuf:"varint,6,opt,name=handed_back,json=handedBack,proto3" json:"handed_back,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1221,7 +1290,7 @@ type Finished struct {
 
 func (x *Finished) Reset() {
 	*x = Finished{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +1302,7 @@ func (x *Finished) String() string {
 func (*Finished) ProtoMessage() {}
 
 func (x *Finished) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +1315,7 @@ func (x *Finished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finished.ProtoReflect.Descriptor instead.
 func (*Finished) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{16}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Finished) GetOutput() []byte {
@@ -1338,7 +1407,7 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x05start\x18\x01 \x01(\v2\x15.specql.runner.v1.JobH\x00R\x05start\x122\n" +
 	"\x06cancel\x18\x02 \x01(\v2\x18.specql.runner.v1.CancelH\x00R\x06cancel\x12/\n" +
 	"\x05renew\x18\x03 \x01(\v2\x17.specql.runner.v1.RenewH\x00R\x05renewB\t\n" +
-	"\acommand\"\xec\x03\n" +
+	"\acommand\"\x8d\x04\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x15\n" +
 	"\x06run_id\x18\x02 \x01(\tR\x05runId\x12\x1b\n" +
@@ -1354,19 +1423,23 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x05lease\x18\v \x01(\v2\x19.google.protobuf.DurationR\x05lease\x12\x18\n" +
 	"\asubject\x18\f \x01(\tR\asubject\x12\x1b\n" +
 	"\ttenant_id\x18\r \x01(\tR\btenantId\x12%\n" +
-	"\x0ecorrelation_id\x18\x0e \x01(\tR\rcorrelationId\" \n" +
+	"\x0ecorrelation_id\x18\x0e \x01(\tR\rcorrelationId\x12\x1f\n" +
+	"\vattach_only\x18\x0f \x01(\bR\n" +
+	"attachOnly\" \n" +
 	"\x06Cancel\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\"\a\n" +
-	"\x05Renew\"\xef\x01\n" +
+	"\x05Renew\"\xa6\x02\n" +
 	"\x0fExecuteResponse\x125\n" +
 	"\astarted\x18\x01 \x01(\v2\x19.specql.runner.v1.StartedH\x00R\astarted\x12)\n" +
 	"\x03log\x18\x02 \x01(\v2\x15.specql.runner.v1.LogH\x00R\x03log\x127\n" +
 	"\x05usage\x18\x03 \x01(\v2\x1f.specql.runner.v1.ResourceUsageH\x00R\x05usage\x128\n" +
-	"\bfinished\x18\x04 \x01(\v2\x1a.specql.runner.v1.FinishedH\x00R\bfinishedB\a\n" +
+	"\bfinished\x18\x04 \x01(\v2\x1a.specql.runner.v1.FinishedH\x00R\bfinished\x125\n" +
+	"\arenewed\x18\x05 \x01(\v2\x19.specql.runner.v1.RenewedH\x00R\arenewedB\a\n" +
 	"\x05event\"U\n" +
 	"\aStarted\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1a\n" +
-	"\battached\x18\x02 \x01(\bR\battached\"u\n" +
+	"\battached\x18\x02 \x01(\bR\battached\"\t\n" +
+	"\aRenewed\"u\n" +
 	"\x03Log\x12\x12\n" +
 	"\x04line\x18\x01 \x01(\x03R\x04line\x12\x16\n" +
 	"\x06stream\x18\x02 \x01(\tR\x06stream\x12\x12\n" +
@@ -1398,7 +1471,7 @@ func file_specql_runner_v1_runner_proto_rawDescGZIP() []byte {
 	return file_specql_runner_v1_runner_proto_rawDescData
 }
 
-var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*DescribeRequest)(nil),       // 0: specql.runner.v1.DescribeRequest
 	(*DescribeResponse)(nil),      // 1: specql.runner.v1.DescribeResponse
@@ -1415,13 +1488,14 @@ var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*Renew)(nil),                 // 12: specql.runner.v1.Renew
 	(*ExecuteResponse)(nil),       // 13: specql.runner.v1.ExecuteResponse
 	(*Started)(nil),               // 14: specql.runner.v1.Started
-	(*Log)(nil),                   // 15: specql.runner.v1.Log
-	(*Finished)(nil),              // 16: specql.runner.v1.Finished
-	(*durationpb.Duration)(nil),   // 17: google.protobuf.Duration
-	(*ResourceUsage)(nil),         // 18: specql.runner.v1.ResourceUsage
-	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
-	(*Error)(nil),                 // 20: specql.runner.v1.Error
-	(*SecurityContext)(nil),       // 21: specql.runner.v1.SecurityContext
+	(*Renewed)(nil),               // 15: specql.runner.v1.Renewed
+	(*Log)(nil),                   // 16: specql.runner.v1.Log
+	(*Finished)(nil),              // 17: specql.runner.v1.Finished
+	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
+	(*ResourceUsage)(nil),         // 19: specql.runner.v1.ResourceUsage
+	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
+	(*Error)(nil),                 // 21: specql.runner.v1.Error
+	(*SecurityContext)(nil),       // 22: specql.runner.v1.SecurityContext
 }
 var file_specql_runner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: specql.runner.v1.DescribeResponse.types:type_name -> specql.runner.v1.ExecutionType
@@ -1434,29 +1508,30 @@ var file_specql_runner_v1_runner_proto_depIdxs = []int32{
 	12, // 7: specql.runner.v1.ExecuteRequest.renew:type_name -> specql.runner.v1.Renew
 	4,  // 8: specql.runner.v1.Job.service:type_name -> specql.runner.v1.Service
 	5,  // 9: specql.runner.v1.Job.operation:type_name -> specql.runner.v1.Operation
-	17, // 10: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
-	17, // 11: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
+	18, // 10: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
+	18, // 11: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
 	14, // 12: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
-	15, // 13: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
-	18, // 14: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
-	16, // 15: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
-	19, // 16: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
-	19, // 17: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
-	20, // 18: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
-	17, // 19: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
-	18, // 20: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
-	21, // 21: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
-	0,  // 22: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
-	6,  // 23: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
-	9,  // 24: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
-	1,  // 25: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
-	7,  // 26: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
-	13, // 27: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
-	25, // [25:28] is the sub-list for method output_type
-	22, // [22:25] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	16, // 13: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
+	19, // 14: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
+	17, // 15: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
+	15, // 16: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
+	20, // 17: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
+	20, // 18: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
+	21, // 19: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
+	18, // 20: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
+	19, // 21: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
+	22, // 22: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
+	0,  // 23: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
+	6,  // 24: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
+	9,  // 25: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
+	1,  // 26: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
+	7,  // 27: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
+	13, // 28: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
+	26, // [26:29] is the sub-list for method output_type
+	23, // [23:26] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_specql_runner_v1_runner_proto_init() }
@@ -1475,6 +1550,7 @@ func file_specql_runner_v1_runner_proto_init() {
 		(*ExecuteResponse_Log)(nil),
 		(*ExecuteResponse_Usage)(nil),
 		(*ExecuteResponse_Finished)(nil),
+		(*ExecuteResponse_Renewed)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1482,7 +1558,7 @@ func file_specql_runner_v1_runner_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_specql_runner_v1_runner_proto_rawDesc), len(file_specql_runner_v1_runner_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   17,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

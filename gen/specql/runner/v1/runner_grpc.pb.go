@@ -43,7 +43,8 @@ type RunnerServiceClient interface {
 	//
 	// A job that failed is a finished message with an error. A gRPC status other than OK
 	// means that the job was not run to its end here: RESOURCE_EXHAUSTED when the runner is
-	// full (nothing was started), UNAVAILABLE when it drains.
+	// full (nothing was started), UNAVAILABLE when it drains, NOT_FOUND when there is nothing
+	// here that an attach_only could attach to, ABORTED when a higher epoch took the job over.
 	Execute(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ExecuteRequest, ExecuteResponse], error)
 }
 
@@ -107,7 +108,8 @@ type RunnerServiceServer interface {
 	//
 	// A job that failed is a finished message with an error. A gRPC status other than OK
 	// means that the job was not run to its end here: RESOURCE_EXHAUSTED when the runner is
-	// full (nothing was started), UNAVAILABLE when it drains.
+	// full (nothing was started), UNAVAILABLE when it drains, NOT_FOUND when there is nothing
+	// here that an attach_only could attach to, ABORTED when a higher epoch took the job over.
 	Execute(grpc.BidiStreamingServer[ExecuteRequest, ExecuteResponse]) error
 	mustEmbedUnimplementedRunnerServiceServer()
 }
