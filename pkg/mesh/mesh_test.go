@@ -26,6 +26,7 @@ import (
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/mesh"
+	"github.com/specql/mesh/pkg/runner/runnertest"
 	"github.com/specql/mesh/pkg/telemetry"
 )
 
@@ -423,6 +424,50 @@ func TestAuthority(t *testing.T) {
 	_, err = mesh.LoadAuthority(caCert, otherKey)
 	require.ErrorContains(t, err, "does not belong")
 	require.False(t, slices.Equal(caCert, cert))
+}
+
+// TestAHalfOpenConnectionIsNoticed on both of its ends, though the stream has nothing to say.
+func TestAHalfOpenConnectionIsNoticed(t *testing.T) {
+	t.Parallel()
+	began, ended := make(chan struct{}), make(chan struct{})
+	address := serve(t, nil, mesh.ServerOptions{}, &streaming{execute: func(ctx context.Context) {
+		close(began)
+		<-ctx.Done()
+		close(ended)
+	}})
+	link := runnertest.NewLink(t, address)
+	conn := dial(t, link.Address, nil, mesh.DialOptions{})
+	stream, err := runnerv1.NewRunnerServiceClient(conn).Execute(t.Context())
+	require.NoError(t, err)
+	<-began
+	link.Freeze()
+	failed := make(chan error, 1)
+	go func() {
+		_, err := stream.Recv()
+		failed <- err
+	}()
+	// Without pings both would wait for ever.
+	for range 2 {
+		select {
+		case err := <-failed:
+			require.Equal(t, codes.Unavailable, status.Code(err))
+		case <-ended:
+			ended = nil
+		case <-time.After(time.Minute):
+			require.FailNow(t, "one end did not notice", "the server noticed: %t", ended == nil)
+		}
+	}
+}
+
+// streaming is a service whose streams are a function of the test.
+type streaming struct {
+	runnerv1.UnimplementedRunnerServiceServer
+	execute func(context.Context)
+}
+
+func (s *streaming) Execute(stream grpc.BidiStreamingServer[runnerv1.ExecuteRequest, runnerv1.ExecuteResponse]) error {
+	s.execute(stream.Context())
+	return nil
 }
 
 func BenchmarkUnary(b *testing.B) {

@@ -73,9 +73,9 @@ func NewServer(c *Credentials, o ServerOptions) *Server {
 		grpc.MaxSendMsgSize(limit),
 		grpc.MaxConcurrentStreams(10_000),
 		grpc.ConnectionTimeout(10 * time.Second),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
-			Time: 20 * time.Second, Timeout: 10 * time.Second,
+			Time: serverPing, Timeout: serverPingWait,
 			// Clients come back and find replicas that joined since; running calls go on.
 			MaxConnectionAge: 5 * time.Minute,
 		}),
