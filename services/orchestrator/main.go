@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -34,6 +35,7 @@ type settings struct {
 	runners                           []string
 	maxRuns                           int
 	drain                             time.Duration
+	retain                            string
 	cert, key, ca                     string
 	insecure, version                 bool
 	level, format                     string
@@ -55,6 +57,7 @@ func run() int {
 	flags.StringVar(&s.env, "env", "", "overlay of the registry, such as production")
 	flags.StringSliceVar(&s.runners, "runner", nil, "TYPE=ADDRESS of a runner, such as http=dns:///http-runner:9090; repeatable")
 	flags.IntVar(&s.maxRuns, "max-runs", 10_000, "how many runs are walked at once; others wait")
+	flags.StringVar(&s.retain, "retain", "", "for how long runs are kept that have ended, such as 30d or 12h; for ever if empty")
 	flags.DurationVar(&s.drain, "drain-timeout", 30*time.Second, "how long running jobs may go on after SIGTERM")
 	flags.StringVar(&s.cert, "tls-cert", "", "file of this service's certificate")
 	flags.StringVar(&s.key, "tls-key", "", "file of the certificate's key")
@@ -113,11 +116,15 @@ func (s *settings) options(flags *pflag.FlagSet) (server.Options, error) {
 		return o, fmt.Errorf("--log-format: %w", err)
 	}
 	o.Logger = telemetry.NewLogger(os.Stderr, s.level, s.format).With("service", "orchestrator")
+	var err error
 	if err := config.Require(flags, "database"); err != nil {
 		return o, err
 	}
 	if s.maxRuns < 1 {
 		return o, errors.New("--max-runs has to be at least 1")
+	}
+	if o.Retain, err = duration(s.retain); err != nil {
+		return o, fmt.Errorf("--retain: %w", err)
 	}
 	o.Runners = map[string]string{}
 	for _, r := range s.runners {
@@ -146,6 +153,27 @@ func (s *settings) options(flags *pflag.FlagSet) (server.Options, error) {
 	}
 	return o, s.documents(&o)
 }
+
+// duration reads a positive duration that may be in days, such as 30d; zero for the empty text.
+func duration(text string) (time.Duration, error) {
+	if text == "" {
+		return 0, nil
+	}
+	d, err := time.ParseDuration(text)
+	if days, ok := strings.CutSuffix(text, "d"); ok {
+		var n int
+		if n, err = strconv.Atoi(days); err == nil && n <= maxDays {
+			d = time.Duration(n) * 24 * time.Hour
+		}
+	}
+	if err != nil || d <= 0 {
+		return 0, fmt.Errorf("%q is no positive duration, such as 30d or 12h", text)
+	}
+	return d, nil
+}
+
+// maxDays is the most that a duration holds.
+const maxDays = 100_000
 
 func (s *settings) documents(o *server.Options) error {
 	if s.registry == "" {

@@ -26,6 +26,7 @@ import (
 	"github.com/specql/mesh/services/orchestrator/internal/console"
 	"github.com/specql/mesh/services/orchestrator/internal/dispatch"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
+	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/registry"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 	"github.com/specql/mesh/services/orchestrator/internal/store/sqlite"
@@ -56,6 +57,8 @@ type Options struct {
 	RunnerCredentials *mesh.Credentials
 	// MaxRuns is how many runs are walked at once; others wait. 0 means 10,000.
 	MaxRuns int
+	// Retain is for how long runs are kept that have ended; 0 is for ever.
+	Retain time.Duration
 	// DrainTimeout is how long running jobs may take to end after ctx ended. 0 means 10 s.
 	DrainTimeout time.Duration
 	Logger       *slog.Logger
@@ -114,9 +117,10 @@ func Run(ctx context.Context, o Options) (err error) {
 	if err != nil {
 		return fmt.Errorf("name this orchestrator: %w", err)
 	}
+	in := &intake.Intake{Registry: reg, Rows: st}
 	eng := engine.New(engine.Options{
 		Journal: journal, Store: st, Plans: reg, Dispatcher: dispatcher, Clock: clock, Logger: o.Logger,
-		Owner: owner.String(), MaxRuns: o.MaxRuns, RunEnded: m.runEnded, JobEnded: m.jobEnded,
+		Owner: owner.String(), Intake: in, Refresh: reg.Refresh, Retain: o.Retain, MaxRuns: o.MaxRuns, RunEnded: m.runEnded, JobEnded: m.jobEnded,
 	})
 	m.walking(eng.Walking)
 	drain := cmp.Or(o.DrainTimeout, 10*time.Second)
@@ -128,8 +132,8 @@ func Run(ctx context.Context, o Options) (err error) {
 	})
 
 	srv := mesh.NewServer(o.Credentials, mesh.ServerOptions{Logger: o.Logger, Registerer: m.registry})
-	specqlv1.RegisterOrchestratorServiceServer(srv, &api.Orchestrator{Engine: eng, Store: st, Registry: reg, Logger: o.Logger})
-	specqlv1.RegisterRegistryServiceServer(srv, &api.Registry{Registry: reg, Runners: dispatcher, Logger: o.Logger})
+	specqlv1.RegisterOrchestratorServiceServer(srv, &api.Orchestrator{Engine: eng, Store: st, Registry: reg, Intake: in, Logger: o.Logger})
+	specqlv1.RegisterRegistryServiceServer(srv, &api.Registry{Registry: reg, Runners: dispatcher, Types: st, Refresh: eng.Refreshed, Logger: o.Logger})
 
 	serving, stop := context.WithCancel(ctx)
 	defer stop()
@@ -139,7 +143,7 @@ func Run(ctx context.Context, o Options) (err error) {
 			return err
 		}
 	}
-	if n, err := eng.Recover(ctx); err != nil {
+	if n, err := eng.Join(ctx); err != nil {
 		return err
 	} else if n > 0 {
 		o.Logger.Info("runs go on where they were", "runs", n)

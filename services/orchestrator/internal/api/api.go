@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strings"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -19,6 +18,7 @@ import (
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/spec"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
+	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/registry"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -30,10 +30,6 @@ const (
 	maxWait     = time.Hour
 	maxDocument = spec.MaxFileBytes
 	maxEntities = 1000
-	// maxViolations bounds how many problems one answer lists.
-	maxViolations = 100
-	// maxViolationBytes bounds their text.
-	maxViolationBytes = 4 << 10
 	// maxAnswer is about how many bytes of payloads one run's answer holds.
 	maxAnswer = 8 << 20
 )
@@ -44,7 +40,6 @@ type Store interface {
 	RunByKey(ctx context.Context, tenantID, key string) (*store.Run, error)
 	Jobs(ctx context.Context, runID string, after int64) ([]*store.Job, error)
 	Runs(ctx context.Context, f store.RunFilter) ([]*store.Run, error)
-	EntityRow(ctx context.Context, e *spec.Entity, id string) (map[string]any, error)
 }
 
 // Runners are asked by ListRunners.
@@ -60,6 +55,7 @@ type Orchestrator struct {
 	Engine   *engine.Engine
 	Store    Store
 	Registry *registry.Registry
+	Intake   *intake.Intake
 	Logger   *slog.Logger
 }
 
@@ -68,44 +64,22 @@ type Registry struct {
 	specqlv1.UnimplementedRegistryServiceServer
 	Registry *registry.Registry
 	Runners  Runners
-	Logger   *slog.Logger
+	Types    ExecutionTypes
+	// Refresh brings into force what was set.
+	Refresh func(ctx context.Context) error
+	Logger  *slog.Logger
 }
 
-// violations gathers what is wrong with a request.
-type violations []fault.Violation
-
-func (v *violations) add(field, format string, args ...any) {
-	*v = append(*v, fault.Violation{Field: field, Description: fmt.Sprintf(format, args...)})
+// ExecutionTypes are those that were disabled or enabled.
+type ExecutionTypes interface {
+	SetExecutionTypes(ctx context.Context, disable, enable []string) error
+	ExecutionTypes(ctx context.Context) (map[string]bool, error)
 }
 
-func (v *violations) name(field, value string) {
+func name(v *intake.Violations, field, value string) {
 	if len(value) > maxName {
-		v.add(field, "has %d bytes; at most %d are taken", len(value), maxName)
+		v.Add(field, "has %d bytes; at most %d are taken", len(value), maxName)
 	}
-}
-
-// err is INVALID_ARGUMENT with every violation, nil for none.
-func (v violations) err() error {
-	if len(v) == 0 {
-		return nil
-	}
-	f := fault.New(fault.Validation, "%s: %s", v[0].Field, v[0].Description)
-	if strings.HasPrefix(v[0].Description, v[0].Field+":") {
-		f.Message = v[0].Description // a place in the document that the field holds
-	}
-	if len(v) > 1 {
-		f.Message += fmt.Sprintf(" (and %d more)", len(v)-1)
-	}
-	// They travel in the trailers of the answer, of which clients take 8 KiB at least.
-	room := maxViolationBytes
-	for i := range v {
-		if room -= len(v[i].Field) + len(v[i].Description); room < 0 && i > 0 {
-			f.Violations = v[:i]
-			return f
-		}
-	}
-	f.Violations = v
-	return f
 }
 
 func notFound(kind, name, mend string) error {
@@ -161,7 +135,11 @@ func (o *Orchestrator) get(ctx context.Context, id string) (*specqlv1.Run, error
 		budget -= size
 		out.Jobs = append(out.Jobs, jobProto(j))
 	}
-	for _, s := range o.Engine.Waiting(id) {
+	waiting, err := o.Engine.Waiting(ctx, run)
+	if err != nil {
+		return nil, fmt.Errorf("read the steps of run %s: %w", id, err)
+	}
+	for _, s := range waiting {
 		out.Waiting = append(out.Waiting, stepProto(s))
 	}
 	return out, nil

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/services/orchestrator/internal/intake"
 )
 
 const maxReason = 4096
@@ -14,9 +15,9 @@ func (o *Orchestrator) CancelRun(ctx context.Context, req *specqlv1.CancelRunReq
 		return nil, err
 	}
 	if len(req.GetReason()) > maxReason {
-		var v violations
-		v.add("reason", "has %d bytes; at most %d are taken", len(req.GetReason()), maxReason)
-		return nil, v.err()
+		var v intake.Violations
+		v.Add("reason", "has %d bytes; at most %d are taken", len(req.GetReason()), maxReason)
+		return nil, v.Err()
 	}
 	if err := o.Engine.Cancel(ctx, req.GetId(), req.GetReason()); err != nil {
 		return nil, runError(err, req.GetId(), "the run has ended already")

@@ -18,6 +18,7 @@ import (
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/spec"
 	"github.com/specql/mesh/services/orchestrator/internal/api"
+	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/registry"
 	"github.com/specql/mesh/services/orchestrator/internal/store/sqlite"
 )
@@ -58,7 +59,7 @@ func TestThousandsOfMistakesGiveOneBoundedAnswer(t *testing.T) {
 				fmt.Fprintf(&text, c.step, i)
 			}
 			began := time.Now()
-			_, err = (&api.Orchestrator{Store: s, Registry: reg, Logger: slog.New(slog.DiscardHandler)}).
+			_, err = (&api.Orchestrator{Store: s, Registry: reg, Intake: &intake.Intake{Registry: reg, Rows: s}, Logger: slog.New(slog.DiscardHandler)}).
 				ExecuteAction(t.Context(), &specqlv1.ExecuteActionRequest{Workflow: text.String()})
 			require.Less(t, time.Since(began), 10*time.Second)
 			st := fault.ToStatus(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/services/orchestrator/internal/intake"
 )
 
 // GetRun implements OrchestratorService.
@@ -19,10 +20,10 @@ func (o *Orchestrator) GetRun(ctx context.Context, req *specqlv1.GetRunRequest) 
 }
 
 func checkID(id string) error {
-	var v violations
+	var v intake.Violations
 	if id == "" {
-		v.add("id", "is missing")
+		v.Add("id", "is missing")
 	}
-	v.name("id", id)
-	return v.err()
+	name(&v, "id", id)
+	return v.Err()
 }

@@ -6,6 +6,7 @@ import (
 	"github.com/google/uuid"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
@@ -16,17 +17,17 @@ const (
 
 // ListRuns implements OrchestratorService.
 func (o *Orchestrator) ListRuns(ctx context.Context, req *specqlv1.ListRunsRequest) (*specqlv1.ListRunsResponse, error) {
-	var v violations
-	v.name("entity", req.GetEntity())
-	v.name("action", req.GetAction())
-	v.name("page_token", req.GetPageToken())
+	var v intake.Violations
+	name(&v, "entity", req.GetEntity())
+	name(&v, "action", req.GetAction())
+	name(&v, "page_token", req.GetPageToken())
 	if token := req.GetPageToken(); token != "" && uuid.Validate(token) != nil {
-		v.add("page_token", "is no next_page_token of an earlier answer")
+		v.Add("page_token", "is no next_page_token of an earlier answer")
 	}
 	size := int(req.GetPageSize())
 	switch {
 	case size < 0:
-		v.add("page_size", "must not be negative")
+		v.Add("page_size", "must not be negative")
 	case size == 0:
 		size = defaultPage
 	}
@@ -34,12 +35,12 @@ func (o *Orchestrator) ListRuns(ctx context.Context, req *specqlv1.ListRunsReque
 	for _, s := range req.GetStatuses() {
 		status, ok := statusOf(s)
 		if !ok {
-			v.add("statuses", "%s is no status of a run", s)
+			v.Add("statuses", "%s is no status of a run", s)
 			continue
 		}
 		filter.Statuses = append(filter.Statuses, status)
 	}
-	if err := v.err(); err != nil {
+	if err := v.Err(); err != nil {
 		return nil, err
 	}
 	runs, err := o.Store.Runs(ctx, filter)

@@ -7,6 +7,7 @@ import (
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
+	"github.com/specql/mesh/services/orchestrator/internal/intake"
 )
 
 // SignalRun implements OrchestratorService.
@@ -14,22 +15,22 @@ func (o *Orchestrator) SignalRun(ctx context.Context, req *specqlv1.SignalRunReq
 	if err := checkID(req.GetId()); err != nil {
 		return nil, err
 	}
-	var v violations
+	var v intake.Violations
 	if req.GetName() == "" {
-		v.add("name", "is missing")
+		v.Add("name", "is missing")
 	}
-	v.name("name", req.GetName())
+	name(&v, "name", req.GetName())
 	payload := []byte("null")
 	if req.GetPayload() != nil {
 		var err error
 		if payload, err = protojson.Marshal(req.GetPayload()); err != nil {
-			v.add("payload", "is not JSON: %v", err)
+			v.Add("payload", "is not JSON: %v", err)
 		}
 	}
 	if len(payload) > engine.MaxPayload {
-		v.add("payload", "has %d bytes; at most %d are taken", len(payload), engine.MaxPayload)
+		v.Add("payload", "has %d bytes; at most %d are taken", len(payload), engine.MaxPayload)
 	}
-	if err := v.err(); err != nil {
+	if err := v.Err(); err != nil {
 		return nil, err
 	}
 	if err := o.Engine.Signal(ctx, req.GetId(), req.GetName(), payload); err != nil {

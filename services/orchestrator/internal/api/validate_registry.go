@@ -5,6 +5,7 @@ import (
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/spec"
+	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/registry"
 )
 
@@ -29,25 +30,25 @@ func (r *Registry) ValidateRegistry(ctx context.Context, req *specqlv1.ValidateR
 }
 
 func checkDocuments(reg *specqlv1.Document, entities []*specqlv1.Document, env string, need bool) error {
-	var v violations
-	v.name("env", env)
+	var v intake.Violations
+	name(&v, "env", env)
 	if need && reg == nil {
-		v.add("registry", "is missing")
+		v.Add("registry", "is missing")
 	}
 	if len(reg.GetContent()) > maxDocument {
-		v.add("registry.content", "has %d bytes; at most %d are taken", len(reg.GetContent()), maxDocument)
+		v.Add("registry.content", "has %d bytes; at most %d are taken", len(reg.GetContent()), maxDocument)
 	}
 	if len(entities) > maxEntities {
-		v.add("entities", "are %d; at most %d are taken", len(entities), maxEntities)
+		v.Add("entities", "are %d; at most %d are taken", len(entities), maxEntities)
 	}
-	v.name("registry.name", reg.GetName())
+	name(&v, "registry.name", reg.GetName())
 	for _, e := range entities {
-		v.name("entities.name", e.GetName())
+		name(&v, "entities.name", e.GetName())
 		if len(e.GetContent()) > maxDocument {
-			v.add("entities.content", "%s has %d bytes; at most %d are taken", e.GetName(), len(e.GetContent()), maxDocument)
+			v.Add("entities.content", "%s has %d bytes; at most %d are taken", e.GetName(), len(e.GetContent()), maxDocument)
 		}
 	}
-	return v.err()
+	return v.Err()
 }
 
 func documents(reg *specqlv1.Document, entities []*specqlv1.Document, env string) registry.Documents {

@@ -5,6 +5,7 @@ import (
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
+	"github.com/specql/mesh/services/orchestrator/internal/intake"
 )
 
 // WatchRun implements OrchestratorService.
@@ -13,16 +14,20 @@ func (o *Orchestrator) WatchRun(req *specqlv1.WatchRunRequest, stream grpc.Serve
 		return err
 	}
 	if req.GetAfterSequence() < 0 {
-		var v violations
-		v.add("after_sequence", "must not be negative")
-		return v.err()
+		var v intake.Violations
+		v.Add("after_sequence", "must not be negative")
+		return v.Err()
 	}
 	err := o.Engine.Watch(stream.Context(), req.GetId(), req.GetAfterSequence(), req.GetLogs(), func(ev *engine.Event) error {
 		m := &specqlv1.WatchRunResponse{Sequence: ev.Sequence, Time: timeProto(ev.Time)}
 		switch {
 		case ev.Run != nil:
 			run := runProto(ev.Run)
-			for _, s := range o.Engine.Waiting(ev.Run.ID) {
+			waiting, err := o.Engine.Waiting(stream.Context(), ev.Run)
+			if err != nil {
+				return err
+			}
+			for _, s := range waiting {
 				run.Waiting = append(run.Waiting, stepProto(s))
 			}
 			m.Event = &specqlv1.WatchRunResponse_Run{Run: run}

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -71,6 +72,9 @@ func (r *run) job(ctx context.Context, n *plan.Call, f *frame, key string) (*sto
 	old := r.jobs[key]
 	retries := r.state.Retries
 	r.mu.Unlock()
+	if old != nil && old.Adopted && old.Status == store.Pending {
+		return r.adopt(ctx, n, f, key, old)
+	}
 	if old != nil {
 		again := old.Generation < retries && (old.Status == store.Cancelled || (old.Status == store.Failed && !n.Handled))
 		if old.Status.Final() && !again {
@@ -93,6 +97,29 @@ func (r *run) job(ctx context.Context, n *plan.Call, f *frame, key string) (*sto
 		return job, r.flush(ctx)
 	}
 	r.noteJob(job, true)
+	return r.attempts(ctx, n, job)
+}
+
+// adopt makes a job that a client inserted by SQL the job of a call.
+func (r *run) adopt(ctx context.Context, n *plan.Call, f *frame, key string, row *store.Job) (*store.Job, error) {
+	job, err := r.newJob(n, f, key, nil)
+	if err != nil {
+		return nil, err
+	}
+	job.ID, job.CreatedAt, job.Adopted = row.ID, row.CreatedAt, true
+	job.IdempotencyKey = cmp.Or(row.IdempotencyKey, row.ID)
+	job.EntityType, job.EntityPK = row.EntityType, row.EntityPK
+	if row.Timeout > 0 {
+		job.Timeout = row.Timeout
+	}
+	if row.MaxAttempts > 1 {
+		job.MaxAttempts = row.MaxAttempts
+	}
+	r.noteJob(job, true)
+	if job.Status.Final() {
+		return job, r.flush(ctx)
+	}
+	job.Attempts += max(row.Attempts, 0)
 	return r.attempts(ctx, n, job)
 }
 
@@ -224,6 +251,12 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 		}
 		if r.e.drain.Err() != nil {
 			return nil, ErrHandBack
+		}
+		if r.e.disabled(job.ExecutionType) {
+			job.Status, job.CompletedAt = store.Failed, r.e.Clock.Now()
+			job.Err = fault.New(fault.Disabled, "execution type %s is disabled; `specql execution-types --enable %[1]s` enables it", job.ExecutionType)
+			r.noteJob(job, false)
+			return job, nil
 		}
 		began := r.e.Clock.Now()
 		snapshot := *job

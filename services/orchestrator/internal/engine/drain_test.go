@@ -44,7 +44,7 @@ func TestDrainLeavesASiblingsCallAlone(t *testing.T) {
 	r, err := e.Start(t.Context(), w.request(`actions: [{parallel: [{call_service: {service: svc, operation: hang, input: {v: 1}}}, {wait: {seconds: 3600}}]}, {call_service: {service: svc, operation: other}}]`, nil))
 	require.NoError(t, err)
 	require.Equal(t, "hang", <-w.arrive)
-	require.Eventually(t, func() bool { return len(e.Waiting(r.ID)) == 1 }, wait, tick)
+	require.Eventually(t, func() bool { return len(w.waiting(e, r.ID)) == 1 }, wait, tick)
 	drained := make(chan struct{})
 	go func() {
 		defer close(drained)
@@ -135,7 +135,7 @@ func TestARunOfWhichEveryLiveBranchWaitsNeedsNoSlot(t *testing.T) {
 		sleeping = append(sleeping, r.ID)
 	}
 	for _, id := range sleeping {
-		require.Eventually(t, func() bool { return len(e.Waiting(id)) == 1 }, wait, tick, "a waiting run kept the only slot")
+		require.Eventually(t, func() bool { return len(w.waiting(e, id)) == 1 }, wait, tick, "a waiting run kept the only slot")
 	}
 	for _, id := range sleeping {
 		require.NoError(t, e.Signal(t.Context(), id, "go", []byte(`1`)))

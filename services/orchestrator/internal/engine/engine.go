@@ -59,6 +59,24 @@ type Reader interface {
 	ClaimRun(ctx context.Context, owner, runID string) (*store.Run, error)
 	RequestCancel(ctx context.Context, runID, reason string) error
 	AddSignal(ctx context.Context, s *store.Signal) error
+
+	RunStates(ctx context.Context, ids []string) (map[string]store.RunState, error)
+	Heartbeat(ctx context.Context, owner string, register bool) (map[string]int64, error)
+	Bury(ctx context.Context, owner string, beat int64) (bool, error)
+	Release(ctx context.Context, owner string, runIDs []string) error
+	Retire(ctx context.Context, owner string) error
+	ClaimJobs(ctx context.Context, owner string, limit int) ([]*store.Job, error)
+	Requests(ctx context.Context, owner string) (*store.Requests, error)
+	Listen(ctx context.Context, fn func(store.Notice)) error
+	ExecutionTypes(ctx context.Context) (map[string]bool, error)
+	Maintain(ctx context.Context, retain time.Duration) error
+}
+
+// Intake prepares what clients inserted by SQL. What is wrong with it is a *fault.Error of
+// the code VALIDATION; any other error may pass.
+type Intake interface {
+	PrepareRun(ctx context.Context, r *store.Run) (*StartRequest, error)
+	PrepareJob(ctx context.Context, j *store.Job) (*StartRequest, error)
 }
 
 // Plans finds the plan that a run began with.
@@ -127,8 +145,14 @@ type Options struct {
 	Dispatcher Dispatcher
 	Clock      Clock
 	Logger     *slog.Logger
-	// Owner names this orchestrator in the store.
+	// Owner names this orchestrator in the store; no other one has ever had the name.
 	Owner string
+	// Intake may be nil: then nothing that was inserted by SQL is begun.
+	Intake Intake
+	// Refresh brings the registry up to date with the store. May be nil.
+	Refresh func(ctx context.Context) error
+	// Retain is for how long runs are kept that have ended; 0 is for ever.
+	Retain time.Duration
 	// MaxRuns is how many runs are walked at once, sleeping ones not counted.
 	MaxRuns int
 	// RunEnded and JobEnded are told of ends, for metrics. May be nil.
@@ -139,8 +163,12 @@ type Options struct {
 // Engine walks runs.
 type Engine struct {
 	Options
-	hub   *hub
-	slots *slots
+	hub     *hub
+	slots   *slots
+	members *membership
+	joined  context.Context // of the loops; ends in Close
+	part    context.CancelFunc
+	loops   sync.WaitGroup
 
 	mu       sync.Mutex
 	runs     map[string]*run
@@ -167,8 +195,9 @@ func New(o Options) *Engine {
 		o.JobEnded = func(string, store.Status, time.Duration) {}
 	}
 	e := &Engine{
-		Options: o, hub: newHub(), slots: newSlots(o.MaxRuns), runs: map[string]*run{},
+		Options: o, hub: newHub(), slots: newSlots(o.MaxRuns), runs: map[string]*run{}, members: newMembership(o.Owner),
 	}
+	e.joined, e.part = context.WithCancel(context.Background())
 	e.drain, e.endDrain = context.WithCancel(context.Background())
 	e.base, e.stop = context.WithCancelCause(context.Background())
 	return e
@@ -191,58 +220,97 @@ type StartRequest struct {
 	CorrelationID  string
 	TenantID       string
 	Subject        string
+	// Adopt is the pending job, inserted by SQL, that is the plan's only call; nil for none.
+	Adopt *store.Job
 }
 
 // Start begins a run and returns when it is durable. A *store.DuplicateError names the
 // first run with the same idempotency key.
 func (e *Engine) Start(ctx context.Context, req *StartRequest) (*store.Run, error) {
-	input, err := json.Marshal(req.Input)
+	if e.slots.tryAcquire() {
+		return e.begin(ctx, req)
+	}
+	rec, _, _, err := e.prepare(req)
 	if err != nil {
-		return nil, fault.Wrap(err, fault.Validation, "the input is not JSON")
+		return nil, err
 	}
-	if len(input) > MaxPayload {
-		return nil, fault.New(fault.Validation, "the input has %d bytes; at most %d are taken", len(input), MaxPayload)
-	}
+	return e.enqueue(ctx, rec)
+}
+
+// newRow makes the row of a run that is new.
+func (e *Engine) newRow(req *StartRequest) (*store.Run, error) {
 	id, err := uuid.NewV7()
 	if err != nil {
 		return nil, fmt.Errorf("make a run id: %w", err)
 	}
-	now := e.Clock.Now()
-	row := &store.Run{
-		ID: id.String(), Action: req.Action, EntityID: req.EntityID, Status: store.Pending, Input: input,
+	return &store.Run{
+		ID: id.String(), Action: req.Action, EntityID: req.EntityID, Status: store.Pending,
 		Snapshot: req.Snapshot, IdempotencyKey: req.IdempotencyKey, CorrelationID: req.CorrelationID,
-		TenantID: req.TenantID, Subject: req.Subject, Owner: e.Owner, Epoch: 1, CreatedAt: now,
+		TenantID: req.TenantID, Subject: req.Subject, Owner: e.owner(), Epoch: 1, CreatedAt: e.Clock.Now(),
+	}, nil
+}
+
+// payloads are the input and the entity's row of a run: as JSON in its row, and as a walk reads
+// them, which is what a replay will read.
+func payloads(req *StartRequest, row *store.Run) (input, entityRow map[string]any, err error) {
+	if row.Input, err = json.Marshal(req.Input); err != nil {
+		return nil, nil, fault.Wrap(err, fault.Validation, "the input is not JSON")
+	}
+	if len(row.Input) > MaxPayload {
+		return nil, nil, fault.New(fault.Validation, "the input has %d bytes; at most %d are taken", len(row.Input), MaxPayload)
+	}
+	if depth(row.Input) > MaxNesting {
+		return nil, nil, fault.New(fault.Validation, "the input is nested deeper than %d", MaxNesting)
+	}
+	if input, err = decodeObject(row.Input); err != nil {
+		return nil, nil, fault.Wrap(err, fault.Validation, "the input is not JSON")
+	}
+	if req.Row != nil {
+		if row.EntityRow, err = json.Marshal(req.Row); err != nil {
+			return nil, nil, fault.Wrap(err, fault.Internal, "the row of %s is not JSON", row.Entity)
+		}
+		if entityRow, err = decodeObject(row.EntityRow); err != nil {
+			return nil, nil, fault.Wrap(err, fault.Internal, "the row of %s is not JSON", row.Entity)
+		}
+	}
+	return input, entityRow, nil
+}
+
+// prepare makes the record that creates a run, and what its walk reads.
+func (e *Engine) prepare(req *StartRequest) (rec *store.Record, input, entityRow map[string]any, err error) {
+	row, err := e.newRow(req)
+	if err != nil {
+		return nil, nil, nil, err
 	}
 	if req.Plan.Entity != nil {
 		row.Entity, row.EntitySchema = req.Plan.Entity.Name, req.Plan.Entity.Schema
 	}
-	if depth(input) > MaxNesting {
-		return nil, fault.New(fault.Validation, "the input is nested deeper than %d", MaxNesting)
+	if input, entityRow, err = payloads(req, row); err != nil {
+		return nil, nil, nil, err
 	}
-	// A walk reads what a replay will read.
-	decoded, err := decodeObject(input)
-	if err != nil {
-		return nil, fault.Wrap(err, fault.Validation, "the input is not JSON")
-	}
-	var entityRow map[string]any
-	if req.Row != nil {
-		if row.EntityRow, err = json.Marshal(req.Row); err != nil {
-			return nil, fault.Wrap(err, fault.Internal, "the row of %s is not JSON", row.Entity)
-		}
-		if entityRow, err = decodeObject(row.EntityRow); err != nil {
-			return nil, fault.Wrap(err, fault.Internal, "the row of %s is not JSON", row.Entity)
-		}
-	}
-	rec := &store.Record{RunID: row.ID, Epoch: row.Epoch, Create: row}
+	rec = &store.Record{RunID: row.ID, Epoch: row.Epoch, Create: row}
 	if req.Insert {
 		rec.InsertRow = &store.EntityRow{Schema: row.EntitySchema, Entity: row.Entity, ID: row.EntityID, Values: req.Row}
 	}
-	if !e.slots.tryAcquire() {
-		return e.enqueue(ctx, rec)
+	return rec, input, entityRow, nil
+}
+
+// begin is Start with a slot, which it gives back where the run does not begin.
+func (e *Engine) begin(ctx context.Context, req *StartRequest) (*store.Run, error) {
+	rec, input, entityRow, err := e.prepare(req)
+	if err != nil {
+		e.slots.release()
+		return nil, err
 	}
-	row.Status, row.StartedAt = store.Running, now
+	row := rec.Create
+	row.Status, row.StartedAt = store.Running, row.CreatedAt
 	r := newRun(e, row, req.Plan)
-	r.input, r.entityRow = decoded, entityRow
+	r.input, r.entityRow = input, entityRow
+	if req.Adopt != nil {
+		j := *req.Adopt
+		j.Adopted, j.RunID, j.StepPath = true, row.ID, req.Plan.Calls()[0].Path()
+		r.jobs[j.StepPath] = &j
+	}
 	if err := e.register(r); err != nil {
 		r.stop(nil)
 		e.slots.release()
@@ -293,6 +361,9 @@ func (e *Engine) register(r *run) error {
 	if e.draining {
 		return errDraining()
 	}
+	if owner := r.state.Owner; owner != "" && owner != e.owner() {
+		return fault.New(fault.Unavailable, "this orchestrator has just joined the others again; ask once more")
+	}
 	if _, ok := e.runs[r.id]; ok {
 		return fault.New(fault.Unavailable, "run %s is just ending; ask again", r.id)
 	}
@@ -328,6 +399,10 @@ func (e *Engine) load(id string, retry bool) {
 		return
 	}
 	err := r.restore(e.base, retry)
+	if refused, ok := errors.AsType[*refusedError](err); ok {
+		r.refuse(refused.err)
+		return
+	}
 	if err == nil {
 		r.walk()
 		return
@@ -382,22 +457,24 @@ func (e *Engine) Walking() int {
 	return len(e.runs)
 }
 
-// Recover takes over the runs that nobody walks and returns how many there were.
+// Recover takes over the runs that nobody walks and returns how many there were. It leaves
+// those to the others, or to later, that it could not begin soon.
 func (e *Engine) Recover(ctx context.Context) (int, error) {
 	n := 0
-	for {
-		runs, err := e.Store.Claim(ctx, e.Owner, 500)
+	for e.slots.queued() <= e.MaxRuns {
+		runs, err := e.Store.Claim(ctx, e.owner(), claimBatch)
 		if err != nil {
 			return n, fmt.Errorf("claim runs: %w", err)
-		}
-		if len(runs) == 0 {
-			return n, nil
 		}
 		for _, r := range runs {
 			e.resume(r.ID)
 		}
 		n += len(runs)
+		if len(runs) < claimBatch {
+			break
+		}
 	}
+	return n, nil
 }
 
 // Cancel ends a run and returns when it has ended and nothing of it is left.
@@ -422,7 +499,12 @@ func (e *Engine) endQueued(id string) {
 		return // it is being walked, and finds the request there
 	}
 	go func() {
-		if err := r.restore(e.base, false); err != nil {
+		err := r.restore(e.base, false)
+		if refused, ok := errors.AsType[*refusedError](err); ok {
+			r.refuse(refused.err)
+			return
+		}
+		if err != nil {
 			e.forget(r)
 			return
 		}
@@ -449,7 +531,7 @@ func (e *Engine) Retry(ctx context.Context, id string) error {
 		r.stop(nil)
 		return err
 	}
-	if _, err := e.Store.ClaimRun(ctx, e.Owner, id); err != nil {
+	if _, err := e.Store.ClaimRun(ctx, e.owner(), id); err != nil {
 		e.forget(r)
 		return err
 	}
@@ -483,12 +565,24 @@ func (e *Engine) Wait(ctx context.Context, id string) error {
 }
 
 // Waiting returns the steps other than calls that hold a run up now.
-func (e *Engine) Waiting(id string) []*store.Step {
-	r := e.running(id)
-	if r == nil {
-		return nil
+func (e *Engine) Waiting(ctx context.Context, run *store.Run) ([]*store.Step, error) {
+	if r := e.running(run.ID); r != nil {
+		return r.waiting(), nil
 	}
-	return r.waiting()
+	if run.Status != store.Running {
+		return nil, nil
+	}
+	h, err := e.Store.History(ctx, run.ID) // it is walked elsewhere
+	if err != nil {
+		return nil, err
+	}
+	var out []*store.Step
+	for _, s := range h.Steps {
+		if s.Status == store.Running {
+			out = append(out, s)
+		}
+	}
+	return out, nil
 }
 
 // Close begins no new step, lets the calls in flight end until ctx ends, hands the rest
@@ -505,6 +599,9 @@ func (e *Engine) Close(ctx context.Context) {
 		e.wg.Wait()
 		close(done)
 	}()
+	if e.hasJoined() {
+		e.loops.Go(func() { e.releases(e.joined) })
+	}
 	select {
 	case <-done:
 	case <-ctx.Done():
@@ -512,5 +609,6 @@ func (e *Engine) Close(ctx context.Context) {
 		<-done
 	}
 	e.stop(ErrHandBack)
+	e.leave(ctx)
 	e.hub.close()
 }

@@ -383,7 +383,7 @@ func TestDrainHandsBackAndAnotherGoesOn(t *testing.T) {
 		ids[r.ID] = true
 	}
 	for id := range ids {
-		require.Eventually(t, func() bool { return len(e.Waiting(id)) == 1 }, wait, tick)
+		require.Eventually(t, func() bool { return len(w.waiting(e, id)) == 1 }, wait, tick)
 	}
 	e.Close(t.Context())
 	_, err := e.Start(t.Context(), w.request(`actions: [{call_service: {service: svc, operation: echo}}]`, nil))

@@ -199,6 +199,19 @@ func (w *world) request(text string, input map[string]any) *engine.StartRequest 
 	return &engine.StartRequest{Plan: p, Snapshot: text, Action: a.Name, Input: input}
 }
 
+// waiting are the steps that hold a run up.
+func (w *world) waiting(e interface {
+	Waiting(ctx context.Context, run *store.Run) ([]*store.Step, error)
+}, id string,
+) []*store.Step {
+	w.t.Helper()
+	run, err := w.store.Run(w.t.Context(), id)
+	require.NoError(w.t, err)
+	steps, err := e.Waiting(w.t.Context(), run)
+	require.NoError(w.t, err)
+	return steps
+}
+
 // run starts a workflow and waits for its end.
 func (w *world) run(e *engine.Engine, text string, input map[string]any) *store.Run {
 	w.t.Helper()

@@ -64,12 +64,25 @@ type run struct {
 	// The append in progress and the one that gathers meanwhile.
 	next     *batch
 	inflight *batch
-	held     []*Event // log lines that wait for the append in progress
+	// out are lines and the append in progress, in the order of their sequences: that is the
+	// order in which they reach the journal. moved is closed, and made anew, when some did.
+	out     []outgoing
+	pumping bool
+	moved   chan struct{}
 
 	// live branches, those of them that sleep, and whether the slot was given back.
 	live, asleep int
 	slotless     bool
 }
+
+// outgoing is a log line or a record on its way to the journal.
+type outgoing struct {
+	line  *Event
+	batch *batch
+}
+
+// maxOutgoing is how many lines of one run may wait for the journal; its jobs wait beyond.
+const maxOutgoing = 1000
 
 // batch is a record in the making.
 type batch struct {
@@ -96,7 +109,7 @@ func newRun(e *Engine, row *store.Run, p *plan.Plan) *run {
 	r := &run{
 		e: e, id: row.ID, plan: p, state: *row, jobs: map[string]*store.Job{}, steps: map[string]*store.Step{},
 		active: map[string]*store.Step{}, results: map[string]*result{}, counts: map[string]int{},
-		signalled: make(chan struct{}), gone: make(chan struct{}), live: 1, refused: map[*store.Job]bool{},
+		signalled: make(chan struct{}), gone: make(chan struct{}), moved: make(chan struct{}), live: 1, refused: map[*store.Job]bool{},
 	}
 	r.ctx, r.stop = context.WithCancelCause(withTrace(e.base, row.ID))
 	r.next = r.newBatch()
@@ -140,8 +153,14 @@ func (r *run) restore(ctx context.Context, retry bool) error {
 	if h.Run.Status.Final() && !retry {
 		return errEnded
 	}
-	if h.Run.Owner != r.e.Owner {
+	if h.Run.Owner != r.e.owner() {
 		return store.ErrFenced
+	}
+	var admit *StartRequest
+	if h.Run.Status == store.Pending && h.Run.Snapshot == "" && r.e.Intake != nil {
+		if admit, err = r.admit(ctx, h.Run); err != nil {
+			return err
+		}
 	}
 	p, err := r.e.Plans.Plan(ctx, h.Run)
 	if err != nil {
@@ -196,11 +215,65 @@ func (r *run) restore(ctx context.Context, retry bool) error {
 		r.state.Status, r.state.StartedAt = store.Running, now
 		r.next.rec.Run = &store.RunChange{Status: store.Running, StartedAt: now}
 		r.next.dirty = true
+		if admit != nil {
+			row := h.Run
+			r.next.rec.Run.Admit = &store.Admission{
+				Snapshot: row.Snapshot, EntityID: row.EntityID, EntitySchema: row.EntitySchema, EntityRow: row.EntityRow, Input: row.Input,
+			}
+			if admit.Insert {
+				r.next.rec.InsertRow = &store.EntityRow{Schema: row.EntitySchema, Entity: row.Entity, ID: row.EntityID, Values: admit.Row}
+			}
+		}
 	}
 	if r.state.CancelRequested {
 		r.stop(&cancelledError{r.state.CancelReason})
 	}
 	return nil
+}
+
+// refusedError says why a run that a client inserted by SQL cannot begin.
+type refusedError struct{ err *fault.Error }
+
+func (e *refusedError) Error() string { return e.err.Error() }
+
+// admit fills in the row of a run that a client inserted by SQL.
+func (r *run) admit(ctx context.Context, row *store.Run) (*StartRequest, error) {
+	req, err := r.e.Intake.PrepareRun(ctx, row)
+	if err == nil {
+		row.Snapshot, row.EntityID = req.Snapshot, req.EntityID
+		if e := req.Plan.Entity; e != nil {
+			row.Entity, row.EntitySchema = e.Name, e.Schema
+		}
+		_, _, err = payloads(req, row)
+	}
+	if f, ok := fault.As(err); ok && f.Code == fault.Validation {
+		r.mu.Lock()
+		r.state = *row
+		r.next = r.newBatch()
+		r.mu.Unlock()
+		return nil, &refusedError{f}
+	}
+	return req, err
+}
+
+// refuse ends a run that cannot begin. The caller holds a slot and the run is registered.
+func (r *run) refuse(err *fault.Error) {
+	defer r.end()
+	r.note(func(rec *store.Record) { rec.Run = &store.RunChange{StartedAt: r.e.Clock.Now()} })
+	r.conclude(err)
+}
+
+// lose lets go of the run: it is another owner's by now.
+func (r *run) lose(owner string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.state.Owner != "" && r.state.Owner != owner {
+		return
+	}
+	if r.lost == nil {
+		r.lost = fmt.Errorf("%w: it was taken over", store.ErrFenced)
+	}
+	r.stop(fmt.Errorf("%w: %w", ErrHandBack, r.lost))
 }
 
 func (r *run) cancel(reason string) { r.stop(&cancelledError{reason}) }
@@ -304,7 +377,7 @@ func (r *run) flush(ctx context.Context) error {
 		b.wanted = true
 		if r.inflight == nil {
 			r.inflight = r.take()
-			go r.appendLoop()
+			r.push(outgoing{batch: r.inflight})
 		}
 	}
 	r.mu.Unlock()
@@ -368,40 +441,78 @@ func (r *run) append(b *batch) error {
 	return r.e.Journal.Append(ctx, b.rec)
 }
 
-// appendLoop appends the batch in progress, and those that are wanted by then.
-func (r *run) appendLoop() {
-	for {
-		r.mu.Lock()
-		b := r.inflight
+// push puts something on its way to the journal. r.mu is held.
+func (r *run) push(o outgoing) {
+	r.out = append(r.out, o)
+	if !r.pumping {
+		r.pumping = true
+		go r.pump()
+	}
+}
+
+// pump passes on to the journal what waits, in order, until nothing does.
+func (r *run) pump() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for len(r.out) > 0 {
+		if r.out[0].batch != nil {
+			b := r.out[0].batch
+			r.shift(1)
+			r.mu.Unlock()
+			b.err = r.append(b)
+			r.mu.Lock()
+			r.appended(b)
+			continue
+		}
+		var lines []*store.LogLine
+		var events []*Event
+		for _, o := range r.out {
+			if o.batch != nil {
+				break
+			}
+			lines, events = append(lines, o.line.Log), append(events, o.line)
+		}
+		r.shift(len(lines))
+		r.e.hub.publish(r.id, events...)
 		r.mu.Unlock()
-		b.err = r.append(b)
+		if err := r.e.Journal.AppendLogs(r.ctx, lines); err != nil && r.ctx.Err() == nil {
+			r.e.Logger.Warn("log lines were not stored", "run_id", r.id, "lines", len(lines), "error", err)
+		}
 		r.mu.Lock()
-		held := r.held
-		r.held = nil
-		if b.err == nil {
-			r.publishBatch(b)
-		} else {
-			r.fail(b)
-		}
-		r.e.hub.publish(r.id, held...)
-		r.inflight = nil
-		more := r.next.wanted && r.lost == nil
-		var failed *batch
-		if more {
-			r.inflight = r.take()
-		} else if r.next.wanted {
-			failed = r.next
-			r.next = r.newBatch()
-		}
-		r.mu.Unlock()
-		close(b.done)
-		if failed != nil {
-			failed.err = b.err
-			close(failed.done)
-		}
-		if !more {
-			return
-		}
+	}
+	r.pumping = false
+}
+
+// shift takes the first n of what waits away. r.mu is held.
+func (r *run) shift(n int) {
+	r.out = slices.Delete(r.out, 0, n)
+	close(r.moved)
+	r.moved = make(chan struct{})
+}
+
+// appended sees to what follows a batch, and takes the next one where it is wanted by then.
+// r.mu is held.
+func (r *run) appended(b *batch) {
+	if b.err == nil {
+		r.publishBatch(b)
+	} else {
+		r.fail(b)
+	}
+	r.inflight = nil
+	var failed *batch
+	switch {
+	case !r.next.wanted:
+	case r.lost == nil:
+		r.inflight = r.take()
+		r.push(outgoing{batch: r.inflight})
+	default:
+		failed = r.next
+		r.next = r.newBatch()
+	}
+	close(b.done)
+	if failed != nil {
+		failed.err = b.err
+		close(failed.done)
 	}
 }
 
@@ -439,43 +550,51 @@ func (r *run) publishBatch(b *batch) {
 	r.e.hub.publish(r.id, events...)
 }
 
-// log takes a line of a job: it is told to watchers in order and stored in a while.
+// log takes a line of a job: it is told to watchers in order and stored in a while. It waits
+// while too many lines wait for the journal.
 func (r *run) log(j *store.Job, line int64, stream, text string, at time.Time) {
 	r.mu.Lock()
+	defer r.mu.Unlock()
+	for len(r.out) >= maxOutgoing {
+		moved := r.moved
+		r.mu.Unlock()
+		select {
+		case <-moved:
+		case <-r.ctx.Done():
+		}
+		r.mu.Lock()
+		if r.ctx.Err() != nil && len(r.out) >= maxOutgoing {
+			return
+		}
+	}
 	r.state.Sequence++
 	l := &store.LogLine{
 		RunID: r.id, Sequence: r.state.Sequence, JobID: j.ID, StepPath: j.StepPath, Attempt: j.Attempts,
 		Line: line, Stream: stream, Text: text, Time: at,
 	}
-	ev := &Event{Sequence: l.Sequence, Time: at, Log: l}
-	if r.inflight != nil {
-		r.held = append(r.held, ev)
-	} else {
-		r.e.hub.publish(r.id, ev)
-	}
-	r.mu.Unlock()
-	if err := r.e.Journal.AppendLogs(r.ctx, []*store.LogLine{l}); err != nil && r.ctx.Err() == nil {
-		r.e.Logger.Warn("a log line was not stored", "run_id", r.id, "job_id", j.ID, "line", line, "error", err)
-	}
+	r.push(outgoing{line: &Event{Sequence: l.Sequence, Time: at, Log: l}})
 }
 
 // walk walks the run to its end. The caller holds a slot and the run is registered.
 func (r *run) walk() {
-	defer r.e.forget(r)
-	defer r.stop(nil)
-	defer func() {
-		r.mu.Lock()
-		slotless := r.slotless
-		r.mu.Unlock()
-		if !slotless {
-			r.e.slots.release()
-		}
-	}()
+	defer r.end()
 	err := r.protect(r.body)
 	if r.handedBack(err) {
 		return
 	}
 	r.conclude(err)
+}
+
+// end gives the slot back and forgets the run.
+func (r *run) end() {
+	r.mu.Lock()
+	slotless := r.slotless
+	r.mu.Unlock()
+	if !slotless {
+		r.e.slots.release()
+	}
+	r.stop(nil)
+	r.e.forget(r)
 }
 
 // protect turns a panic into an error: a defect met by one run must not end the others.
@@ -550,6 +669,7 @@ func (r *run) conclude(err error) {
 func (r *run) endLeftovers() {
 	now := r.e.Clock.Now()
 	var jobs []*store.Job
+	isNew := map[*store.Job]bool{}
 	r.mu.Lock()
 	for _, s := range r.steps {
 		if !s.Status.Final() {
@@ -563,12 +683,12 @@ func (r *run) endLeftovers() {
 			c := *j
 			c.Status, c.CompletedAt, c.NextAttemptAt = store.Cancelled, now, time.Time{}
 			c.Err = fault.New(fault.Cancelled, "its run ended")
-			jobs = append(jobs, &c)
+			jobs, isNew[&c] = append(jobs, &c), j.Adopted && j.Status == store.Pending
 		}
 	}
 	r.mu.Unlock()
 	for _, j := range jobs {
-		r.noteJob(j, false)
+		r.noteJob(j, isNew[j])
 	}
 }
 
@@ -579,7 +699,11 @@ func (r *run) handedBack(err error) bool {
 	lost := r.lost
 	r.mu.Unlock()
 	if lost == nil {
-		return errors.Is(err, ErrHandBack)
+		if errors.Is(err, ErrHandBack) {
+			r.e.handOver(r.id)
+			return true
+		}
+		return false
 	}
 	_, dup := errors.AsType[*store.DuplicateError](lost)
 	if dup || errors.Is(lost, store.ErrFenced) || errors.Is(lost, store.ErrClosed) || refusedForGood(lost) {

@@ -47,3 +47,20 @@ func (s *slots) release() {
 	s.mu.Unlock()
 	f()
 }
+
+// room is how many slots are free.
+func (s *slots) room() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.waiting) > 0 {
+		return 0
+	}
+	return s.free
+}
+
+// queued is how many wait for a slot.
+func (s *slots) queued() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.waiting)
+}

@@ -96,8 +96,8 @@ func TestTimeoutOfASignalTakesADuration(t *testing.T) {
 	e := w.start()
 	r, err := e.Start(t.Context(), w.request(`actions: [{await_signal: {name: go, timeout: 2h}}]`, nil))
 	require.NoError(t, err)
-	require.Eventually(t, func() bool { return len(e.Waiting(r.ID)) == 1 }, wait, tick)
-	step := e.Waiting(r.ID)[0]
+	require.Eventually(t, func() bool { return len(w.waiting(e, r.ID)) == 1 }, wait, tick)
+	step := w.waiting(e, r.ID)[0]
 	require.Equal(t, "2h0m0s", step.Until.Sub(step.StartedAt).String())
 	require.NoError(t, e.Signal(t.Context(), r.ID, "go", []byte(`1`)))
 	got := w.finish(e, r.ID)
@@ -117,7 +117,7 @@ func TestValuesAreTheSameOnFirstWalkAndReplay(t *testing.T) {
 		e := w.begin(&spyJournal{}, nil)
 		r, err := e.Start(t.Context(), w.request(`{actions: [{call_service: {service: svc, operation: echo, input: `+expressions+`}}, {await_signal: {name: go}}], output: {before: "$echo", after: `+expressions+`}}`, input))
 		require.NoError(t, err)
-		require.Eventually(t, func() bool { return len(e.Waiting(r.ID)) == 1 }, wait, tick)
+		require.Eventually(t, func() bool { return len(w.waiting(e, r.ID)) == 1 }, wait, tick)
 		e.kill()
 		again := w.start()
 		_, err = again.Recover(t.Context())

@@ -1,9 +1,13 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"math"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/specql/mesh/services/orchestrator/internal/store"
@@ -24,6 +28,9 @@ type subscription struct {
 	events chan *Event
 	lagged chan struct{}
 	once   sync.Once
+	logs   bool
+	// state and log are the sequences of the run and of its log that the watcher has read.
+	state, log atomic.Int64
 }
 
 const subscriptionSize = 1024
@@ -36,8 +43,10 @@ type hub struct {
 
 func newHub() *hub { return &hub{subs: map[string]map[*subscription]struct{}{}} }
 
-func (h *hub) subscribe(id string) *subscription {
-	s := &subscription{events: make(chan *Event, subscriptionSize), lagged: make(chan struct{})}
+func (h *hub) subscribe(id string, logs bool) *subscription {
+	s := &subscription{events: make(chan *Event, subscriptionSize), lagged: make(chan struct{}), logs: logs}
+	s.state.Store(math.MaxInt64) // nothing is missed before the first read
+	s.log.Store(math.MaxInt64)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.closed {
@@ -68,6 +77,28 @@ func (h *hub) watched(id string) bool {
 	return len(h.subs[id]) > 0
 }
 
+// ids are the runs that are watched.
+func (h *hub) ids() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	out := make([]string, 0, len(h.subs))
+	for id := range h.subs {
+		out = append(out, id)
+	}
+	return out
+}
+
+// behind cuts off the watchers of a run that have not read its state yet.
+func (h *hub) behind(id string, state store.RunState) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for s := range h.subs[id] {
+		if state.Sequence > s.state.Load() || s.logs && state.LogSequence > s.log.Load() {
+			s.cut()
+		}
+	}
+}
+
 func (h *hub) publish(id string, events ...*Event) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -93,15 +124,24 @@ func (h *hub) close() {
 	}
 }
 
+// cursor is how far a watcher has come.
+type cursor struct {
+	// after is the highest sequence up to which everything was sent.
+	after int64
+	// run is the sequence of the state of the run that was sent last.
+	run int64
+}
+
 // Watch sends what changed after a sequence, then what happens, until the run has ended or
-// ctx or send does. Events come in the order of their sequences.
+// ctx or send does. Events come in the order of their sequences. It does not matter which
+// orchestrator walks the run.
 func (e *Engine) Watch(ctx context.Context, id string, after int64, logs bool, send func(*Event) error) error {
+	c := &cursor{after: after, run: after}
 	for {
-		ended, last, err := e.watchOnce(ctx, id, after, logs, send)
+		ended, err := e.watchOnce(ctx, id, c, logs, send)
 		if ended || err != nil {
 			return err
 		}
-		after = last
 		select {
 		case <-e.base.Done():
 			return errDraining()
@@ -110,77 +150,102 @@ func (e *Engine) Watch(ctx context.Context, id string, after int64, logs bool, s
 	}
 }
 
-func (e *Engine) watchOnce(ctx context.Context, id string, after int64, logs bool, send func(*Event) error) (ended bool, last int64, err error) {
-	sub := e.hub.subscribe(id)
+func (e *Engine) watchOnce(ctx context.Context, id string, c *cursor, logs bool, send func(*Event) error) (ended bool, err error) {
+	sub := e.hub.subscribe(id, logs)
 	defer e.hub.unsubscribe(id, sub)
 	// What was published before the subscription is in the store once the logs are written.
-	if logs {
+	if logs && e.running(id) != nil {
 		if err := e.Journal.Flush(ctx); err != nil {
-			return false, after, fmt.Errorf("wait for the log: %w", err)
+			return false, fmt.Errorf("wait for the log: %w", err)
 		}
 	}
-	run, last, err := e.catchUp(ctx, id, after, logs, send)
+	run, err := e.catchUp(ctx, id, c, logs, send)
 	if err != nil || run.Status.Final() {
-		return err == nil, last, err
+		return err == nil, err
 	}
+	sub.state.Store(run.Sequence)
+	sub.log.Store(c.after)
 	for {
 		select {
 		case ev := <-sub.events:
 			// The state of the run is sent even when the store was ahead of it already.
-			if (ev.Sequence <= last && ev.Run == nil) || (ev.Log != nil && !logs) {
+			if (ev.Sequence <= c.after && ev.Run == nil) || (ev.Log != nil && !logs) {
 				continue
 			}
 			if err := send(ev); err != nil {
-				return false, last, err
+				return false, err
 			}
-			last = max(last, ev.Sequence)
-			if ev.Run != nil && ev.Run.Status.Final() {
-				return true, last, nil
+			c.after = max(c.after, ev.Sequence)
+			if ev.Log == nil {
+				sub.state.Store(c.after)
+			}
+			sub.log.Store(c.after)
+			if ev.Run != nil {
+				c.run = max(c.run, ev.Sequence)
+				if ev.Run.Status.Final() {
+					return true, nil
+				}
 			}
 		case <-sub.lagged:
-			return false, last, nil
+			return false, nil
 		case <-ctx.Done():
-			return false, last, context.Cause(ctx)
+			return false, context.Cause(ctx)
 		}
 	}
 }
 
-// catchUp sends the state that changed after a sequence, read from the store.
-func (e *Engine) catchUp(ctx context.Context, id string, after int64, logs bool, send func(*Event) error) (*store.Run, int64, error) {
+// catchUp sends the state that changed since the cursor, read from the store. What the store
+// has up to some sequence is complete: a run's records and lines become durable in the order
+// of their sequences. What changes during the reads comes after.
+func (e *Engine) catchUp(ctx context.Context, id string, c *cursor, logs bool, send func(*Event) error) (*store.Run, error) {
 	run, err := e.Store.Run(ctx, id)
 	if err != nil {
-		return nil, after, err
+		return nil, err
 	}
-	jobs, err := e.Store.Jobs(ctx, id, after)
+	states, err := e.Store.RunStates(ctx, []string{id})
 	if err != nil {
-		return nil, after, fmt.Errorf("read the jobs of run %s: %w", id, err)
+		return nil, fmt.Errorf("read the state of run %s: %w", id, err)
+	}
+	upTo := max(run.Sequence, states[id].Sequence)
+	if logs {
+		upTo = max(upTo, states[id].LogSequence)
+	}
+	jobs, err := e.Store.Jobs(ctx, id, c.after)
+	if err != nil {
+		return nil, fmt.Errorf("read the jobs of run %s: %w", id, err)
 	}
 	var events []*Event
 	for _, j := range jobs {
-		events = append(events, &Event{Sequence: j.Sequence, Time: jobTime(j), Job: j})
+		if j.Sequence <= upTo {
+			events = append(events, &Event{Sequence: j.Sequence, Time: jobTime(j), Job: j})
+		}
 	}
-	last := after
+	slices.SortStableFunc(events, func(a, b *Event) int { return cmp.Compare(a.Sequence, b.Sequence) })
+	last := c.after
 	emit := func(ev *Event) error {
 		last = max(last, ev.Sequence)
 		return send(ev)
 	}
 	// Log lines come in pages, merged with the jobs by sequence.
-	for page := after; logs; {
+	for page := c.after; logs && page < upTo; {
 		lines, err := e.Store.Logs(ctx, id, page, 1000)
 		if err != nil {
-			return nil, after, fmt.Errorf("read the log of run %s: %w", id, err)
+			return nil, fmt.Errorf("read the log of run %s: %w", id, err)
 		}
 		for _, l := range lines {
+			page = l.Sequence
+			if l.Sequence > upTo {
+				break
+			}
 			for len(events) > 0 && events[0].Sequence < l.Sequence {
 				if err := emit(events[0]); err != nil {
-					return nil, last, err
+					return nil, err
 				}
 				events = events[1:]
 			}
 			if err := emit(&Event{Sequence: l.Sequence, Time: l.Time, Log: l}); err != nil {
-				return nil, last, err
+				return nil, err
 			}
-			page = l.Sequence
 		}
 		if len(lines) < 1000 {
 			break
@@ -188,16 +253,17 @@ func (e *Engine) catchUp(ctx context.Context, id string, after int64, logs bool,
 	}
 	for _, ev := range events {
 		if err := emit(ev); err != nil {
-			return nil, last, err
+			return nil, err
 		}
 	}
-	if after == 0 || run.Sequence > after || run.Status.Final() {
-		ev := &Event{Sequence: max(last, run.Sequence), Time: runTime(run), Run: run}
-		if err := emit(ev); err != nil {
-			return nil, last, err
+	if c.run == 0 || run.Sequence > c.run || run.Status.Final() {
+		if err := emit(&Event{Sequence: max(last, run.Sequence), Time: runTime(run), Run: run}); err != nil {
+			return nil, err
 		}
+		c.run = max(c.run, run.Sequence)
 	}
-	return run, last, nil
+	c.after = max(c.after, upTo)
+	return run, nil
 }
 
 func jobTime(j *store.Job) time.Time {

@@ -100,6 +100,20 @@ func (r *Registry) Load(ctx context.Context) error {
 	return nil
 }
 
+// Refresh puts in force what another orchestrator did, if that is not in force here.
+func (r *Registry) Refresh(ctx context.Context) error {
+	r.apply.Lock()
+	defer r.apply.Unlock()
+	digest, _, err := r.store.Registry(ctx)
+	if errors.Is(err, store.ErrNotFound) || err == nil && digest == r.Current().Digest {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read the registry in force: %w", err)
+	}
+	return r.Load(ctx)
+}
+
 // public looks up the variables that a caller of the API may name.
 func (r *Registry) public(name string) (string, bool) {
 	if r.env == nil || !strings.HasPrefix(name, VariablePrefix) {

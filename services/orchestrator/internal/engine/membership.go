@@ -1,0 +1,497 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+)
+
+// Times of the membership. An owner that has not beaten for ownerLimit is taken for dead by
+// those who watched it for so long; none of them compares clocks.
+const (
+	// beatInterval is how often an orchestrator says that it lives.
+	beatInterval = time.Second
+	// ownerLimit is how long an owner may be silent before its runs are taken over.
+	ownerLimit = 5 * time.Second
+	// workInterval is how often an orchestrator looks for work that no notice told of.
+	workInterval = time.Second
+	// detachedLimit is for how long calls in flight go on while no beat reaches the database:
+	// it is probably down for everybody, but may be so for this orchestrator alone.
+	detachedLimit = 2 * time.Minute
+	// followInterval is how often runs are looked at that are watched here and walked elsewhere.
+	followInterval = 100 * time.Millisecond
+	// maintainInterval is how often old runs are deleted and statistics put together.
+	maintainInterval = time.Minute
+	// maintainWait bounds one turn of that.
+	maintainWait = 10 * time.Minute
+	// claimBatch is how many runs or jobs one claim takes at most.
+	claimBatch = 256
+	// storeWait bounds one question to the store of the loops here.
+	storeWait = 10 * time.Second
+)
+
+// member is what this orchestrator has seen of another one.
+type member struct {
+	beat  int64
+	since time.Time // when the beat was first seen, by the monotonic clock
+}
+
+// membership says who this orchestrator is to the others, and who they are to it.
+type membership struct {
+	mu      sync.Mutex
+	owner   string
+	names   int
+	beaten  time.Time // of the last beat that reached the database
+	members map[string]member
+	// disabled execution types.
+	disabled map[string]bool
+
+	released chan struct{} // one token: there are runs to give up
+	giveUp   []string
+	work     chan struct{} // one token: look for work
+	requests chan struct{} // one token: look for cancels and signals
+	refresh  chan struct{} // one token: look at the registry
+}
+
+func newMembership(owner string) *membership {
+	token := func() chan struct{} { return make(chan struct{}, 1) }
+	return &membership{
+		owner: owner, members: map[string]member{}, disabled: map[string]bool{},
+		released: token(), work: token(), requests: token(), refresh: token(),
+	}
+}
+
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// owner is the name under which runs are owned now. It changes where the others took this
+// orchestrator for dead.
+func (e *Engine) owner() string {
+	e.members.mu.Lock()
+	defer e.members.mu.Unlock()
+	return e.members.owner
+}
+
+// Renew says whether leases of running jobs may be renewed: not once this orchestrator has
+// been cut off from the database for so long that others surely own its runs.
+func (e *Engine) Renew() bool {
+	e.members.mu.Lock()
+	defer e.members.mu.Unlock()
+	return e.members.beaten.IsZero() || time.Since(e.members.beaten) < detachedLimit
+}
+
+// Join makes this orchestrator known to the others, takes over the runs that nobody walks,
+// and from then on finds work, takes over the runs of those who died, and hears what is asked
+// of its own runs. Close ends that. It returns how many runs it took over.
+func (e *Engine) Join(ctx context.Context) (int, error) {
+	if err := e.beat(ctx, true); err != nil {
+		return 0, fmt.Errorf("join the mesh: %w", err)
+	}
+	if err := e.refresh(ctx); err != nil {
+		return 0, fmt.Errorf("join the mesh: %w", err)
+	}
+	n, err := e.Recover(ctx)
+	if err != nil {
+		return n, err
+	}
+	for _, loop := range []func(context.Context){e.beats, e.works, e.hears, e.listens, e.follows, e.refreshes, e.maintains} {
+		e.loops.Go(func() { loop(e.joined) })
+	}
+	poke(e.members.work)
+	return n, nil
+}
+
+// each calls f at once for each token and at least every interval, until ctx ends.
+func each(ctx context.Context, interval time.Duration, token <-chan struct{}, f func()) {
+	t := time.NewTicker(interval)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		case <-token:
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		f()
+	}
+}
+
+// beats says that this orchestrator lives, and sees who does not.
+func (e *Engine) beats(ctx context.Context) {
+	each(ctx, beatInterval, nil, func() {
+		bctx, cancel := context.WithTimeout(ctx, storeWait)
+		defer cancel()
+		err := e.beat(bctx, false)
+		switch {
+		case err == nil || ctx.Err() != nil:
+		case errors.Is(err, store.ErrFenced):
+			e.evict(ctx)
+		default:
+			e.Logger.Warn("this orchestrator could not say that it lives; calls in flight go on", "error", err)
+		}
+	})
+}
+
+// beat raises the own beat and looks at the others'.
+func (e *Engine) beat(ctx context.Context, register bool) error {
+	m := e.members
+	owner := e.owner()
+	beats, err := e.Store.Heartbeat(ctx, owner, register)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	type silent struct {
+		name string
+		beat int64
+	}
+	var dead []silent
+	m.mu.Lock()
+	// Who was away sees nobody as silent: the others may have been cut off just as well.
+	away := now.Sub(m.beaten) > ownerLimit/2
+	m.beaten = now
+	for name := range m.members {
+		if _, there := beats[name]; !there {
+			delete(m.members, name)
+		}
+	}
+	for name, beat := range beats {
+		seen, known := m.members[name]
+		switch {
+		case name == owner:
+		case !known || seen.beat != beat || away:
+			m.members[name] = member{beat: beat, since: now}
+		case now.Sub(seen.since) >= ownerLimit:
+			dead = append(dead, silent{name, beat})
+		}
+	}
+	m.mu.Unlock()
+	for _, d := range dead {
+		buried, err := e.Store.Bury(ctx, d.name, d.beat)
+		if err != nil {
+			return fmt.Errorf("bury %s: %w", d.name, err)
+		}
+		if buried {
+			e.Logger.Warn("an orchestrator is silent; its runs are taken over", "orchestrator", d.name, "silent", ownerLimit)
+			poke(m.work)
+		}
+	}
+	return nil
+}
+
+// evict lets go of every run: the others took this orchestrator for dead, and its runs are
+// theirs. It joins again under another name, so that what nobody has claimed yet is not taken
+// for its own.
+func (e *Engine) evict(ctx context.Context) {
+	m := e.members
+	m.mu.Lock()
+	m.names++
+	old := m.owner
+	m.owner = fmt.Sprintf("%s.%d", e.Owner, m.names)
+	m.mu.Unlock()
+	e.mu.Lock()
+	var runs []*run
+	for _, r := range e.runs {
+		runs = append(runs, r)
+	}
+	e.mu.Unlock()
+	e.Logger.Error("the others took this orchestrator for dead: it lets go of its runs and joins again", "was", old, "runs", len(runs))
+	for _, r := range runs {
+		r.lose(old)
+	}
+	bctx, cancel := context.WithTimeout(ctx, storeWait)
+	defer cancel()
+	if err := e.beat(bctx, true); err != nil && ctx.Err() == nil {
+		e.Logger.Warn("this orchestrator could not join again; it tries on", "error", err)
+	}
+	poke(m.work)
+}
+
+// works claims runs and jobs.
+func (e *Engine) works(ctx context.Context) {
+	each(ctx, workInterval, e.members.work, func() {
+		if e.drain.Err() != nil {
+			return
+		}
+		wctx, cancel := context.WithTimeout(ctx, storeWait)
+		defer cancel()
+		if _, err := e.Recover(wctx); err != nil && ctx.Err() == nil {
+			e.Logger.Warn("runs could not be claimed", "error", err)
+		}
+		if err := e.admitJobs(wctx); err != nil && ctx.Err() == nil {
+			e.Logger.Warn("jobs could not be claimed", "error", err)
+		}
+	})
+}
+
+// admitJobs makes runs of jobs that clients inserted by SQL, as many as there is room for.
+func (e *Engine) admitJobs(ctx context.Context) error {
+	if e.Intake == nil {
+		return nil
+	}
+	for {
+		room := min(claimBatch, e.slots.room())
+		if room <= 0 {
+			return nil // the end of a run asks for work again
+		}
+		jobs, err := e.Store.ClaimJobs(ctx, e.owner(), room)
+		if err != nil {
+			return err
+		}
+		for _, j := range jobs {
+			e.admit(j)
+		}
+		if len(jobs) < room {
+			return nil
+		}
+	}
+}
+
+// admit begins the run of a job in the background, once there is a slot.
+func (e *Engine) admit(j *store.Job) {
+	owner := e.owner()
+	e.slots.onFree(func() {
+		e.mu.Lock()
+		if e.draining {
+			e.mu.Unlock()
+			e.slots.release()
+			return
+		}
+		e.wg.Add(1)
+		e.mu.Unlock()
+		go func() {
+			defer e.wg.Done()
+			// While the database is away the job is tried again, for as long as it is this owner's.
+			if !e.startJob(j) && e.Clock.Sleep(e.drain, time.Second) == nil && e.owner() == owner {
+				e.admit(j)
+			}
+		}()
+	})
+}
+
+// startJob begins the run of a job and reports whether that is settled. The caller's slot is
+// given back.
+func (e *Engine) startJob(j *store.Job) (settled bool) {
+	req, err := e.Intake.PrepareJob(e.base, j)
+	switch {
+	case err == nil:
+		_, err = e.begin(e.base, req)
+	default:
+		e.slots.release()
+		if f, ok := fault.As(err); ok && f.Code == fault.Validation {
+			err = e.refuseJob(j, f)
+		}
+	}
+	// One that is no longer pending is another's by now, or gone.
+	if err == nil || errors.Is(err, store.ErrState) || errors.Is(err, store.ErrNotFound) || e.drain.Err() != nil {
+		return true
+	}
+	e.Logger.Warn("a job that was inserted by SQL could not be begun; it is tried again", "job_id", j.ID, "error", err)
+	return false
+}
+
+// refuseJob ends a job that cannot become a run: it fails, as a call from the API would.
+func (e *Engine) refuseJob(j *store.Job, why *fault.Error) error {
+	now := e.Clock.Now()
+	row, err := e.newRow(&StartRequest{Action: j.Service + "." + j.Operation, CorrelationID: j.CorrelationID, TenantID: j.TenantID, Subject: j.TriggeredBy})
+	if err != nil {
+		return err
+	}
+	row.Status, row.Err, row.StartedAt, row.CompletedAt = store.Failed, why, now, now
+	row.Input, row.Sequence = j.Input, 2
+	failed := *j
+	failed.Adopted, failed.RunID, failed.StepPath = true, row.ID, "steps[0]"
+	failed.Status, failed.Err, failed.CompletedAt, failed.Sequence = store.Failed, why, now, 1
+	if err := e.Journal.Append(e.base, &store.Record{RunID: row.ID, Epoch: row.Epoch, Sequence: row.Sequence, Create: row, NewJobs: []*store.Job{&failed}}); err != nil {
+		return err
+	}
+	e.RunEnded(store.Failed)
+	e.JobEnded(failed.ExecutionType, store.Failed, 0)
+	return nil
+}
+
+// hears passes on what other orchestrators were asked of the runs that are walked here.
+func (e *Engine) hears(ctx context.Context) {
+	each(ctx, workInterval, e.members.requests, func() {
+		wctx, cancel := context.WithTimeout(ctx, storeWait)
+		defer cancel()
+		req, err := e.Store.Requests(wctx, e.owner())
+		if err != nil {
+			if ctx.Err() == nil {
+				e.Logger.Warn("requests to runs could not be read", "error", err)
+			}
+			return
+		}
+		for id, reason := range req.Cancels {
+			if r := e.running(id); r != nil {
+				r.cancel(reason)
+			} else {
+				e.endQueued(id)
+			}
+		}
+		for _, s := range req.Signals {
+			if r := e.running(s.RunID); r != nil {
+				r.deliver(s)
+			}
+		}
+	})
+}
+
+// listens turns notices of the database into tokens.
+func (e *Engine) listens(ctx context.Context) {
+	err := e.Store.Listen(ctx, func(n store.Notice) {
+		switch n {
+		case store.NoticeWork:
+			poke(e.members.work)
+		case store.NoticeRequest:
+			poke(e.members.requests)
+		case store.NoticeRegistry:
+			poke(e.members.refresh)
+		}
+	})
+	if err != nil && ctx.Err() == nil && !errors.Is(err, store.ErrClosed) {
+		e.Logger.Error("notices of the database are not heard any more; it is asked from time to time", "error", err)
+	}
+}
+
+// refreshes keeps up with the registry and the execution types that other replicas set.
+func (e *Engine) refreshes(ctx context.Context) {
+	each(ctx, workInterval, e.members.refresh, func() {
+		wctx, cancel := context.WithTimeout(ctx, storeWait)
+		defer cancel()
+		if err := e.refresh(wctx); err != nil && ctx.Err() == nil {
+			e.Logger.Warn("what is in force could not be read", "error", err)
+		}
+	})
+}
+
+func (e *Engine) refresh(ctx context.Context) error {
+	types, err := e.Store.ExecutionTypes(ctx)
+	if err != nil {
+		return err
+	}
+	disabled := map[string]bool{}
+	for name, enabled := range types {
+		if !enabled {
+			disabled[name] = true
+		}
+	}
+	e.members.mu.Lock()
+	e.members.disabled = disabled
+	e.members.mu.Unlock()
+	if e.Refresh == nil {
+		return nil
+	}
+	return e.Refresh(ctx)
+}
+
+// Refreshed returns once what was set in the store is in force here.
+func (e *Engine) Refreshed(ctx context.Context) error { return e.refresh(ctx) }
+
+// disabled says whether calls of an execution type fail.
+func (e *Engine) disabled(executionType string) bool {
+	e.members.mu.Lock()
+	defer e.members.mu.Unlock()
+	return e.members.disabled[executionType]
+}
+
+// maintains does what has to be done from time to time; the store sees to it that one
+// orchestrator does at a time.
+func (e *Engine) maintains(ctx context.Context) {
+	each(ctx, maintainInterval, nil, func() {
+		wctx, cancel := context.WithTimeout(ctx, maintainWait)
+		defer cancel()
+		if err := e.Store.Maintain(wctx, e.Retain); err != nil && ctx.Err() == nil {
+			e.Logger.Warn("the database could not be maintained; it is tried again", "error", err)
+		}
+	})
+}
+
+// follows looks at runs that are watched here and walked elsewhere: a watcher that is behind
+// reads on from the store.
+func (e *Engine) follows(ctx context.Context) {
+	each(ctx, followInterval, nil, func() {
+		ids := e.hub.ids()
+		foreign := ids[:0]
+		for _, id := range ids {
+			if e.running(id) == nil {
+				foreign = append(foreign, id)
+			}
+		}
+		if len(foreign) == 0 {
+			return
+		}
+		wctx, cancel := context.WithTimeout(ctx, storeWait)
+		defer cancel()
+		states, err := e.Store.RunStates(wctx, foreign)
+		if err != nil {
+			return // the watchers' own reads tell them
+		}
+		for id, s := range states {
+			e.hub.behind(id, s)
+		}
+	})
+}
+
+// handOver gives up a run that this orchestrator lets go of while it drains, so that another
+// one goes on with it at once.
+func (e *Engine) handOver(id string) {
+	m := e.members
+	m.mu.Lock()
+	m.giveUp = append(m.giveUp, id)
+	m.mu.Unlock()
+	poke(m.released)
+}
+
+// releases gives up what was let go of.
+func (e *Engine) releases(ctx context.Context) {
+	each(ctx, workInterval, e.members.released, func() { e.release(ctx) })
+}
+
+func (e *Engine) release(ctx context.Context) {
+	m := e.members
+	m.mu.Lock()
+	ids := m.giveUp
+	m.giveUp = nil
+	m.mu.Unlock()
+	if len(ids) == 0 {
+		return
+	}
+	wctx, cancel := context.WithTimeout(ctx, storeWait)
+	defer cancel()
+	if err := e.Store.Release(wctx, e.owner(), ids); err != nil {
+		e.Logger.Warn("runs could not be handed over; they are once this orchestrator is gone", "runs", len(ids), "error", err)
+	}
+}
+
+// leave ends the loops and gives up what is left.
+func (e *Engine) leave(ctx context.Context) {
+	e.part()
+	e.loops.Wait()
+	if !e.hasJoined() {
+		return
+	}
+	wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWait)
+	defer cancel()
+	if err := e.Store.Retire(wctx, e.owner()); err != nil {
+		e.Logger.Warn("this orchestrator could not say that it ends; the others see it by its silence", "error", err)
+	}
+}
+
+func (e *Engine) hasJoined() bool {
+	e.members.mu.Lock()
+	defer e.members.mu.Unlock()
+	return !e.members.beaten.IsZero()
+}
