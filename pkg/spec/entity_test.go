@@ -2,6 +2,7 @@ package spec_test
 
 import (
 	"encoding/json"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -79,6 +80,35 @@ func TestRows(t *testing.T) {
 			continue
 		}
 		require.EqualError(t, err, test.want)
+	}
+}
+
+// TestDecimalsAreComparedByTheirValue: exactly, and however they are written.
+func TestDecimalsAreComparedByTheirValue(t *testing.T) {
+	e, problems := spec.ParseEntity(spec.File{Name: "e.yaml", Content: []byte(
+		"entity: e\nfields:\n  a: {type: decimal, validation: {min: 0.3, max: 1000.5}}\n  b: {type: decimal, validation: {enum: [\"1.50\", 2, 0.1]}}\n")}, spec.Options{})
+	require.Empty(t, problems)
+	for _, test := range []struct {
+		field string
+		value any
+		ok    bool
+	}{
+		{"a", "0.3", true},
+		{"a", 0.3, true},
+		{"a", "0.29999999999999999999999", false},
+		{"a", "1000.50000000000000000000001", false},
+		{"a", json.Number("1000.5"), true},
+		{"a", "+.5", true},
+		{"a", strings.Repeat("9", 1000), false},
+		{"a", int64(1001), false},
+		{"b", "1.5", true},
+		{"b", 1.5, true},
+		{"b", "2.00", true},
+		{"b", json.Number("2"), true},
+		{"b", "0.1000", true},
+		{"b", "0.10001", false},
+	} {
+		require.Equal(t, test.ok, e.CheckRow(map[string]any{test.field: test.value}) == nil, "%v", test)
 	}
 }
 

@@ -96,13 +96,16 @@ func (f *Field) check(v any) string {
 	if f.Validation == nil {
 		return ""
 	}
-	if len(f.Validation.Enum) > 0 && !containsValue(f.Validation.Enum, v) {
+	if len(f.Validation.Enum) > 0 && !f.inEnum(v) {
 		return "must be one of " + listValues(f.Validation.Enum)
 	}
 	if s, ok := v.(string); ok && f.pattern != nil && !f.pattern.MatchString(s) {
 		return fmt.Sprintf("must match the pattern %q", clip(f.Validation.Pattern))
 	}
-	if number, ok := toNumber(v, f.Type == "decimal"); ok {
+	if f.Type == "decimal" {
+		return f.checkDecimalBounds(v)
+	}
+	if number, ok := toNumber(v, false); ok {
 		if low := f.Validation.Min; low != nil && number < *low {
 			return fmt.Sprintf("must be at least %v", *low)
 		}
@@ -111,6 +114,68 @@ func (f *Field) check(v any) string {
 		}
 	}
 	return ""
+}
+
+// inEnum says whether the enum has a value; decimals are equal where their values are.
+func (f *Field) inEnum(v any) bool {
+	if f.Type != "decimal" {
+		return containsValue(f.Validation.Enum, v)
+	}
+	exactly := decimal(v)
+	return slices.ContainsFunc(f.Validation.Enum, func(candidate any) bool {
+		other := decimal(candidate)
+		return exactly != nil && other != nil && exactly.Cmp(other) == 0
+	})
+}
+
+// checkDecimalBounds compares a decimal exactly, with the bounds as they were written.
+func (f *Field) checkDecimalBounds(v any) string {
+	exactly := decimal(v)
+	if low := f.Validation.Min; low != nil && compareDecimals(exactly, decimal(*low)) < 0 {
+		return fmt.Sprintf("must be at least %v", *low)
+	}
+	if high := f.Validation.Max; high != nil && compareDecimals(exactly, decimal(*high)) > 0 {
+		return fmt.Sprintf("must be at most %v", *high)
+	}
+	return ""
+}
+
+// compareDecimals takes what is no decimal for equal to everything.
+func compareDecimals(a, b *big.Rat) int {
+	if a == nil || b == nil {
+		return 0
+	}
+	return a.Cmp(b)
+}
+
+// decimal is the exact value of a number, or of a string that checkType took for a decimal;
+// nil of anything else. A float64 is the shortest decimal that stands for it.
+func decimal(v any) *big.Rat {
+	text := ""
+	switch v := v.(type) {
+	case string:
+		text = v
+	case int:
+		return new(big.Rat).SetInt64(int64(v))
+	case int64:
+		return new(big.Rat).SetInt64(v)
+	case json.Number:
+		if i, err := v.Int64(); err == nil {
+			return new(big.Rat).SetInt64(i)
+		}
+		f, err := v.Float64()
+		if err != nil {
+			return nil
+		}
+		return decimal(f)
+	case float64:
+		text = strconv.FormatFloat(v, 'g', -1, 64)
+	}
+	r, ok := new(big.Rat).SetString(text)
+	if !ok {
+		return nil
+	}
+	return r
 }
 
 var (
