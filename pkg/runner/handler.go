@@ -317,7 +317,7 @@ func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration, at
 	case attachOnly:
 		return nil, nil, false, status.Errorf(codes.NotFound, "job %s neither runs here nor ended here a short time ago", clip(asked.ID))
 	case h.draining:
-		return nil, nil, false, status.Error(codes.Unavailable, "the runner is shutting down and takes no new jobs")
+		return nil, nil, false, fault.New(fault.Unavailable, "the runner is shutting down and takes no new jobs")
 	case h.inFlight >= h.o.MaxConcurrency:
 		return nil, nil, false, status.Errorf(codes.ResourceExhausted, "the runner is full: all %d places are taken", h.o.MaxConcurrency)
 	}
@@ -354,7 +354,7 @@ func (h *Handler) attach(j *job, asked *Job, lease time.Duration) (*subscriber, 
 		return nil, nil
 	}
 	if h.lapsed(j) {
-		return nil, status.Errorf(codes.Unavailable, "job %s was given up and is being ended here; try again in a moment", clip(asked.ID))
+		return nil, fault.New(fault.Unavailable, "job %s was given up and is being ended here; try again in a moment", clip(asked.ID))
 	}
 	if !j.same(asked) {
 		return nil, status.Errorf(codes.FailedPrecondition, "job %s runs already, with another service, operation or input", clip(asked.ID))

@@ -14,13 +14,15 @@ type Link struct {
 	// Address is where the client finds the server.
 	Address string
 
-	target  string
 	mu      sync.Mutex
+	target  string
 	down    bool
 	frozen  bool
-	changed *sync.Cond // frozen or conns changed
+	changed *sync.Cond // down changed
 	conns   map[net.Conn]struct{}
-	work    sync.WaitGroup
+	// answered are the servers whose bytes got through.
+	answered map[string]bool
+	work     sync.WaitGroup
 }
 
 // NewLink makes a link to an address on loopback. It ends with the test.
@@ -29,7 +31,7 @@ func NewLink(t testing.TB, target string) *Link {
 	var config net.ListenConfig
 	lis, err := config.Listen(t.Context(), "tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	l := &Link{Address: lis.Addr().String(), target: target, conns: map[net.Conn]struct{}{}}
+	l := &Link{Address: lis.Addr().String(), target: target, conns: map[net.Conn]struct{}{}, answered: map[string]bool{}}
 	l.changed = sync.NewCond(&l.mu)
 	l.work.Go(func() {
 		for {
@@ -54,7 +56,10 @@ func (l *Link) carry(client net.Conn) {
 		return
 	}
 	defer l.remove(client)
-	server, err := net.Dial("tcp", l.target) //nolint:noctx // it is closed with the link
+	l.mu.Lock()
+	target := l.target
+	l.mu.Unlock()
+	server, err := net.Dial("tcp", target) //nolint:noctx // it is closed with the link
 	if err != nil {
 		return
 	}
@@ -64,13 +69,13 @@ func (l *Link) carry(client net.Conn) {
 	}
 	defer l.remove(server)
 	var both sync.WaitGroup
-	both.Go(func() { l.copy(server, client) })
-	both.Go(func() { l.copy(client, server) })
+	both.Go(func() { l.copy(server, client, "") })
+	both.Go(func() { l.copy(client, server, target) })
 	both.Wait()
 }
 
 // copy passes bytes on. While the link is frozen neither they nor an end gets through.
-func (l *Link) copy(to, from net.Conn) {
+func (l *Link) copy(to, from net.Conn, answers string) {
 	buffer := make([]byte, 32<<10)
 	for {
 		n, err := from.Read(buffer)
@@ -80,6 +85,9 @@ func (l *Link) copy(to, from net.Conn) {
 		}
 		l.mu.Unlock()
 		if n > 0 {
+			l.mu.Lock()
+			l.answered[answers] = true
+			l.mu.Unlock()
 			if _, err := to.Write(buffer[:n]); err != nil {
 				_ = from.Close()
 				return
@@ -108,6 +116,20 @@ func (l *Link) remove(conn net.Conn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.conns, conn)
+}
+
+// Switch has new connections made to another server, as when a name gets another address.
+func (l *Link) Switch(target string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.target = target
+}
+
+// Reached tells whether a server has answered through the link.
+func (l *Link) Reached(target string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.answered[target]
 }
 
 // Cut breaks every connection there is; new ones can be made.

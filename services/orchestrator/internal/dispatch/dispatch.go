@@ -4,6 +4,7 @@
 package dispatch
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,10 +27,24 @@ import (
 )
 
 const (
-	// lease is how long a runner goes on with a job after it lost the orchestrator.
-	lease = 15 * time.Second
+	// defaultLease is how long a runner goes on with a job that is not renewed. The jobs of an
+	// orchestrator that died or was stopped end within it, before others have long owned its
+	// runs; a shorter one would end jobs over a pause of the collector, the disk or the network.
+	defaultLease = 6 * time.Second
+	// renewals is how many fall into a lease: two may come late or get lost.
+	renewals = 3
+	// mostUnanswered is how many renewals in a row a runner may leave unanswered; then it is
+	// looked for anew, a lease after its last word.
+	mostUnanswered = renewals - 1
 	// startWait is how long a runner may take to be reached and to say that a job has begun.
 	startWait = 15 * time.Second
+	// answerWait is how long one replica may take to say so before another is asked: it does
+	// before the work begins, so that only one that hangs takes long.
+	answerWait = 5 * time.Second
+	// longestPause is how long a call waits at most before it asks for a place again.
+	longestPause = time.Second
+	// mostHandBacks is how often a job is begun anew within one attempt.
+	mostHandBacks = 20
 	// fullWait is how long a call waits for a runner that is not full.
 	fullWait = time.Hour
 	// grace is how much longer than the job's timeout a runner may take to report it.
@@ -49,6 +64,12 @@ type Options struct {
 	// Credentials are shown to runners; nil is plaintext, on loopback alone.
 	Credentials *mesh.Credentials
 	Logger      *slog.Logger
+	// Renew is asked before each renewal of a lease, and before a job is sent, whether this
+	// orchestrator still owns its runs; it must not block. While it says no, nothing is renewed
+	// and nothing begun, so that runners end what they run. Nil is always yes.
+	Renew func() bool
+	// Lease of the jobs; 6 s if zero. It is renewed three times as often.
+	Lease time.Duration
 }
 
 // Dispatcher carries calls to runners.
@@ -76,6 +97,10 @@ var builtIn = map[string]string{
 
 // New makes a dispatcher. Connections are made when they are first used.
 func New(o Options) (*Dispatcher, error) {
+	o.Lease = cmp.Or(o.Lease, defaultLease)
+	if o.Renew == nil {
+		o.Renew = func() bool { return true }
+	}
 	d := &Dispatcher{o: o, runners: map[string]*target{}}
 	for executionType, address := range o.Runners {
 		conn, err := mesh.Dial(address, o.Credentials, mesh.DialOptions{ServerRole: builtIn[executionType]})
@@ -188,23 +213,98 @@ func (d *Dispatcher) Execute(ctx context.Context, c *engine.Call, sink engine.Lo
 	if t == nil {
 		return &engine.Outcome{Err: d.noRunner(c.Job.ExecutionType)}
 	}
+	a := &attempt{d: d, t: t, call: c, sink: sink}
 	began := time.Now()
+	handBacks := 0
 	for n := 0; ; n++ {
-		out, next := d.try(ctx, t, c, sink)
+		out, next := a.begin(ctx)
+		if next == cut || next == unsure {
+			out, next = a.find(ctx, out, next)
+		}
 		waited := time.Since(began)
-		if next == ended || (next == unreached && waited > startWait) || waited > fullWait {
+		switch {
+		case next == ended || (next == unreached && waited > min(startWait, c.Job.Timeout)) || waited > fullWait && next != handedBack:
 			return out
+		case next == handedBack:
+			if handBacks++; handBacks > mostHandBacks {
+				return out
+			}
+			began, n = time.Now(), 0 // it was not waited for a place until now
 		}
-		// Nothing was begun: another replica, or this one in a moment, takes the job, and no
-		// attempt is counted.
-		pause := time.Duration(float64(min(time.Second, 5*time.Millisecond<<min(n, 8))) * (0.5 + rand.Float64())) //nolint:gosec // jitter
-		timer := time.NewTimer(pause)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return &engine.Outcome{Err: fault.New(fault.Cancelled, "%v", context.Cause(ctx))}
+		// Nothing was begun, or what was begun does not count: another replica, or this one in a
+		// moment, takes the job, and no attempt is counted.
+		if !pause(ctx, n, longestPause) {
+			return &engine.Outcome{Err: fault.New(fault.Cancelled, "%v", context.Cause(ctx)), Unknown: handBacks > 0 || out.Unknown}
 		}
+	}
+}
+
+// pause waits a little, longer with each n and longest at most, and tells whether ctx lives.
+func pause(ctx context.Context, n int, longest time.Duration) bool {
+	timer := time.NewTimer(time.Duration(float64(min(longest, 5*time.Millisecond<<min(n, 8))) * (0.5 + rand.Float64()))) //nolint:gosec // jitter
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// attempt is one attempt of a job, which may see several streams.
+type attempt struct {
+	d    *Dispatcher
+	t    *target
+	call *engine.Call
+	sink engine.LogSink
+	// silentAt is when its runner must have reported its end.
+	silentAt time.Time
+}
+
+// begin sends the job to one replica, and follows it.
+func (a *attempt) begin(ctx context.Context) (*engine.Outcome, next) {
+	if !a.d.o.Renew() {
+		return &engine.Outcome{Err: fault.New(fault.Unavailable, "this orchestrator does not know that it still owns the run")}, unowned
+	}
+	a.silentAt = time.Now().Add(a.call.Job.Timeout + grace)
+	return a.try(ctx, min(answerWait, a.call.Job.Timeout), false)
+}
+
+// find looks for a job whose stream broke: all replicas are asked in turn, and begin nothing.
+// Until the lease has lapsed the job may run on, cut off but well. Then it has ended by itself,
+// so that what is begun next does not run beside it.
+func (a *attempt) find(ctx context.Context, lost *engine.Outcome, why next) (*engine.Outcome, next) {
+	until := time.Now().Add(a.d.o.Lease)
+	// A cancelled job is looked for all the same, to be ended; one that is handed back is not.
+	search, stop := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer stop(nil)
+	defer context.AfterFunc(ctx, func() {
+		if errors.Is(context.Cause(ctx), engine.ErrHandBack) {
+			stop(engine.ErrHandBack)
+		}
+	})()
+	for n := 0; ; n++ {
+		left := time.Until(until)
+		switch {
+		case errors.Is(context.Cause(search), engine.ErrHandBack):
+			return letGo(engine.ErrHandBack), ended
+		case left <= 0 && why == unsure:
+			return lost, unreached
+		case left <= 0:
+			a.d.o.Logger.Warn("a runner was lost in the middle of a job", "execution_type", a.t.executionType, "job_id", a.call.Job.ID, "error", lost.Err)
+			return lost, ended
+		}
+		if a.d.o.Renew() {
+			// One that hangs does not take all the time there is.
+			switch out, next := a.try(ctx, min(left, a.d.o.Lease/renewals), true); next {
+			case ended, handedBack:
+				return out, next
+			case cut: // it was found and got lost again
+				lost, why, until, n = out, cut, time.Now().Add(a.d.o.Lease), 0
+			case full, unreached, unowned, unsure:
+			}
+		}
+		pause(search, n, longestPause/10) // there may be many replicas
 	}
 }
 
@@ -225,35 +325,49 @@ var (
 	errNotStarted = errors.New("no runner took the job in time")
 	errSilent     = errors.New("the runner did not report the job's end in time")
 	errNoCancel   = errors.New("the runner did not end the job in time")
+	errUnheard    = errors.New("the runner does not answer any more")
 )
 
 // next is what follows a try.
 type next int
 
 const (
-	ended     next = iota // the attempt has its outcome
-	full                  // the replica is full or hands the job back
-	unreached             // no replica took the job
+	ended      next = iota // the attempt has its outcome
+	full                   // the replica is full
+	handedBack             // the replica ended the job, which is to be begun anew
+	unreached              // no replica took the job
+	unowned                // it was not tried
+	cut                    // the stream broke in the middle of the job
+	unsure                 // it broke before the replica said whether it had begun the job
 )
 
-// try sends the job to one replica.
-func (d *Dispatcher) try(ctx context.Context, t *target, c *engine.Call, sink engine.LogSink) (*engine.Outcome, next) {
+// try sends the job to one replica, which has so long to say that it runs. With attach the
+// replica begins nothing.
+func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*engine.Outcome, next) {
 	// The stream outlives ctx: a cancel is asked for, and its end waited for.
 	sctx, stop := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer stop(nil)
-	notStarted := time.AfterFunc(min(startWait, c.Job.Timeout), func() { stop(errNotStarted) })
+	notStarted := time.AfterFunc(wait, func() { stop(errNotStarted) })
 	defer notStarted.Stop()
 	// Until the job is sent there is nothing to be ended over there.
-	unsent := context.AfterFunc(ctx, func() { stop(context.Cause(ctx)) })
+	unsent := context.AfterFunc(ctx, func() {
+		if !attach || errors.Is(context.Cause(ctx), engine.ErrHandBack) {
+			stop(context.Cause(ctx))
+		}
+	})
 	defer unsent()
-	stream, err := t.client.Execute(sctx, grpc.WaitForReady(true))
+	b := &broken{attempt: a, sctx: sctx, attach: attach}
+	stream, err := a.t.client.Execute(sctx, grpc.WaitForReady(true))
 	if err != nil {
-		return d.broken(sctx, t, c, err, false)
+		return b.outcome(err)
 	}
 	s := &session{stream: stream}
-	if err := s.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: job(c)}}); err != nil && !errors.Is(err, io.EOF) {
-		return d.broken(sctx, t, c, err, false)
+	start := job(a.call, a.d.o.Lease)
+	start.AttachOnly = attach
+	if err := s.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: start}}); err != nil && !errors.Is(err, io.EOF) {
+		return b.outcome(err)
 	}
+	b.sent = true
 	unsent()
 	unwatch := context.AfterFunc(ctx, func() {
 		if errors.Is(context.Cause(ctx), engine.ErrHandBack) {
@@ -272,49 +386,108 @@ func (d *Dispatcher) try(ctx context.Context, t *target, c *engine.Call, sink en
 		}
 	})
 	defer unwatch()
-	silent := time.AfterFunc(c.Job.Timeout+grace, func() { stop(errSilent) })
+	silent := time.AfterFunc(time.Until(a.silentAt), func() { stop(errSilent) })
 	defer silent.Stop()
-	var renew *time.Timer
-	var renewMu sync.Mutex
-	renewMu.Lock()
-	renew = time.AfterFunc(lease/3, func() {
-		if s.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Renew{Renew: &runnerv1.Renew{}}}) == nil {
-			renewMu.Lock()
-			renew.Reset(lease / 3)
-			renewMu.Unlock()
-		}
-	})
-	renewMu.Unlock()
-	defer func() {
-		renewMu.Lock()
-		renew.Stop()
-		renewMu.Unlock()
-	}()
+	k := keep(a.d.o, s, func() { stop(errUnheard) })
+	defer k.end()
 
-	started := false
 	for {
+		k.listen()
 		m, err := stream.Recv()
 		if err != nil {
-			return d.broken(sctx, t, c, err, started)
+			return b.outcome(err)
 		}
+		k.heard(m.GetRenewed() != nil)
 		switch ev := m.GetEvent().(type) {
 		case *runnerv1.ExecuteResponse_Started:
-			started = true
+			b.started = true
 			notStarted.Stop()
 		case *runnerv1.ExecuteResponse_Log:
 			at := ev.Log.GetTime().AsTime()
 			if ev.Log.GetTime() == nil {
 				at = time.Now()
 			}
-			sink(ev.Log.GetLine(), ev.Log.GetStream(), ev.Log.GetText(), at)
-		case *runnerv1.ExecuteResponse_Usage:
+			a.sink(ev.Log.GetLine(), ev.Log.GetStream(), ev.Log.GetText(), at)
+		case *runnerv1.ExecuteResponse_Usage, *runnerv1.ExecuteResponse_Renewed:
 		case *runnerv1.ExecuteResponse_Finished:
 			if ev.Finished.GetHandedBack() && context.Cause(ctx) == nil {
-				return finished(ev.Finished), full
+				return finished(ev.Finished), handedBack
 			}
 			return finished(ev.Finished), ended
 		}
 	}
+}
+
+// keeper renews a job's lease until it is ended.
+type keeper struct {
+	o    Options
+	s    *session
+	lost func()
+
+	mu    sync.Mutex
+	timer *time.Timer
+	over  bool
+	// listening is false while something else than the runner is waited for.
+	listening bool
+	// answers tells whether the runner answers renewals at all.
+	answers    bool
+	unanswered int
+}
+
+// keep begins to renew the lease of a session's job. lost is called when the runner does not
+// answer any more. It counts renewals and not time, so that the answers that wait for a
+// process which was stopped itself are read first.
+func keep(o Options, s *session, lost func()) *keeper {
+	k := &keeper{o: o, s: s, lost: lost}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.timer = time.AfterFunc(o.Lease/renewals, k.renew)
+	return k
+}
+
+func (k *keeper) renew() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.over {
+		return
+	}
+	if k.answers && k.listening && k.unanswered >= mostUnanswered {
+		k.over = true
+		k.lost()
+		return
+	}
+	if k.o.Renew() {
+		k.unanswered++
+		k.mu.Unlock() // sending may block
+		// One that cannot be sent ends nothing by itself: Recv says why, or the next one gets through.
+		_ = k.s.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Renew{Renew: &runnerv1.Renew{}}})
+		k.mu.Lock()
+	}
+	if !k.over {
+		k.timer.Reset(k.o.Lease / renewals)
+	}
+}
+
+// listen says that the runner's next word is waited for.
+func (k *keeper) listen() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.listening = true
+}
+
+// heard says that there was one.
+func (k *keeper) heard(answer bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.listening, k.unanswered = false, 0
+	k.answers = k.answers || answer
+}
+
+func (k *keeper) end() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.over = true
+	k.timer.Stop()
 }
 
 func finished(f *runnerv1.Finished) *engine.Outcome {
@@ -326,37 +499,70 @@ func finished(f *runnerv1.Finished) *engine.Outcome {
 	return out
 }
 
-// broken is the outcome of a stream that ended without a finished.
-func (d *Dispatcher) broken(sctx context.Context, t *target, c *engine.Call, err error, started bool) (*engine.Outcome, next) {
-	cause := context.Cause(sctx)
+// letGo is the outcome of an attempt that goes on without this orchestrator.
+func letGo(cause error) *engine.Outcome {
+	return &engine.Outcome{Err: fault.Wrap(cause, fault.Unavailable, "handed back"), Unknown: true}
+}
+
+// broken is a stream that ended without a finished.
+type broken struct {
+	*attempt
+
+	sctx          context.Context
+	attach        bool
+	sent, started bool
+}
+
+func (b *broken) outcome(err error) (*engine.Outcome, next) {
+	t, c := b.t, b.call
+	cause := context.Cause(b.sctx)
 	switch {
 	case errors.Is(cause, engine.ErrHandBack):
-		return &engine.Outcome{Err: fault.Wrap(cause, fault.Unavailable, "handed back"), Unknown: true}, ended
+		return letGo(cause), ended
 	case errors.Is(cause, errNotStarted):
-		return &engine.Outcome{Err: fault.Wrap(err, fault.Unavailable, "no %s runner at %s took the job within %s", t.executionType, t.address, min(startWait, c.Job.Timeout))}, ended
+		return &engine.Outcome{
+			Err:     fault.Wrap(err, fault.Unavailable, "no %s runner at %s took the job within %s", t.executionType, t.address, min(startWait, c.Job.Timeout)),
+			Unknown: b.sent,
+		}, unreached
 	case errors.Is(cause, errSilent):
 		return &engine.Outcome{Err: fault.Wrap(err, fault.Timeout, "the %s runner did not report the job's end within its timeout of %s and %s more", t.executionType, c.Job.Timeout, grace), Unknown: true}, ended
 	case errors.Is(cause, errNoCancel):
 		return &engine.Outcome{Err: fault.Wrap(err, fault.Cancelled, "the %s runner did not confirm the cancel within %s", t.executionType, cancelWait), Unknown: true}, ended
 	}
 	f := fault.FromError(err)
-	if !started && cause != nil {
+	code := status.Code(statusOf(f, err))
+	if b.started {
+		if errors.Is(cause, errUnheard) {
+			err, f = cause, fault.New(fault.Unavailable, "%v", cause)
+		}
+		out := &engine.Outcome{
+			Err:     fault.Wrap(err, fault.Unavailable, "the %s runner was lost in the middle of the job: %s", t.executionType, f.Message),
+			Unknown: true,
+		}
+		if code == codes.Aborted { // another orchestrator has it
+			return out, ended
+		}
+		return out, cut
+	}
+	if cause != nil {
 		return &engine.Outcome{Err: fault.Wrap(cause, fault.Cancelled, "%v", cause)}, ended
 	}
-	if !started {
-		switch status.Code(statusOf(f, err)) { //nolint:exhaustive // the rest is an answer
-		case codes.ResourceExhausted:
-			return &engine.Outcome{Err: fault.New(fault.Unavailable, "every %s runner at %s is full", t.executionType, t.address)}, full
-		case codes.Unavailable:
-			return &engine.Outcome{Err: fault.New(fault.Unavailable, "the %s runner at %s could not be reached: %s", t.executionType, t.address, f.Message)}, unreached
-		}
-		return &engine.Outcome{Err: f}, ended
+	unreachable := &engine.Outcome{Err: fault.New(fault.Unavailable, "the %s runner at %s could not be reached: %s", t.executionType, t.address, f.Message)}
+	switch {
+	case code == codes.ResourceExhausted:
+		return &engine.Outcome{Err: fault.New(fault.Unavailable, "every %s runner at %s is full", t.executionType, t.address)}, full
+	case code == codes.Unavailable && b.sent && !told(f, err):
+		unreachable.Unknown = true
+		return unreachable, unsure
+	case code == codes.Unavailable || b.attach && code == codes.NotFound:
+		return unreachable, unreached
 	}
-	d.o.Logger.Warn("a runner was lost in the middle of a job", "execution_type", t.executionType, "job_id", c.Job.ID, "error", err)
-	return &engine.Outcome{
-		Err:     fault.Wrap(err, fault.Unavailable, "the %s runner was lost in the middle of the job: %s", t.executionType, f.Message),
-		Unknown: true,
-	}, ended
+	return &engine.Outcome{Err: f, Unknown: b.attach}, ended
+}
+
+// told says whether an error is the runner's own word, and not that of a connection that broke.
+func told(f *fault.Error, err error) bool {
+	return len(status.Convert(statusOf(f, err)).Details()) > 0
 }
 
 // statusOf finds the gRPC error behind a fault.
@@ -368,7 +574,7 @@ func statusOf(f *fault.Error, err error) error {
 }
 
 // job is a call as the runner gets it.
-func job(c *engine.Call) *runnerv1.Job {
+func job(c *engine.Call, lease time.Duration) *runnerv1.Job {
 	return &runnerv1.Job{
 		Id: c.Job.ID, RunId: c.Job.RunID, StepPath: c.Job.StepPath,
 		Attempt:        int32(c.Job.Attempts), //nolint:gosec // attempts are bounded
