@@ -5,7 +5,7 @@ SHELL       := /bin/bash
 
 ROOT    := $(CURDIR)
 BIN     := $(ROOT)/.bin
-MODULES := gen pkg services/orchestrator services/http-runner services/shell-runner services/docker-runner \
+MODULES := gen pkg migrations services/orchestrator services/http-runner services/shell-runner services/docker-runner \
            services/serverless-runner cmd/specql examples examples/custom-runner test/e2e test/faults test/imports test/pgtest
 PACKAGES := $(addprefix ./,$(addsuffix /...,$(MODULES)))
 FUZZTIME ?= 30s

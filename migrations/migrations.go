@@ -1,0 +1,143 @@
+// Package migrations holds the SQL that makes a PostgreSQL database ready, as plain files for psql too.
+package migrations
+
+import (
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strconv"
+	"strings"
+)
+
+//go:embed *.sql
+var files embed.FS
+
+// File is one migration. Versions count from 1 without a gap, and each file may be applied more than once.
+type File struct {
+	// Version is the number that the name begins with, and Name the name without its ending.
+	Version int
+	Name    string
+	SQL     string
+}
+
+// Files returns the migrations in their order.
+func Files() ([]File, error) {
+	entries, err := fs.ReadDir(files, ".")
+	if err != nil {
+		return nil, err
+	}
+	var all []File
+	for _, e := range entries {
+		number, _, _ := strings.Cut(e.Name(), "_")
+		version, err := strconv.Atoi(number)
+		if err != nil || version != len(all)+1 {
+			return nil, fmt.Errorf("migration %s: want number %03d", e.Name(), len(all)+1)
+		}
+		text, err := fs.ReadFile(files, e.Name())
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, File{Version: version, Name: strings.TrimSuffix(e.Name(), ".sql"), SQL: string(text)})
+	}
+	return all, nil
+}
+
+// Statements splits a file into its statements, so that each can be a transaction of its own. It knows the
+// quotes and comments of PostgreSQL; commands of psql (\set and the like) have no place in these files.
+func Statements(text string) ([]string, error) {
+	var all []string
+	begin, blank := 0, true
+	for i := 0; i < len(text); {
+		rest := text[i:]
+		skip, what := 1, ""
+		switch c := text[i]; {
+		case strings.HasPrefix(rest, "--"):
+			if skip = strings.IndexByte(rest, '\n'); skip < 0 {
+				skip = len(rest)
+			}
+		case strings.HasPrefix(rest, "/*"):
+			skip, what = comment(rest), "comment"
+		case c == '\'':
+			skip, what = quoted(rest, '\'', i > 0 && (text[i-1] == 'E' || text[i-1] == 'e') && (i < 2 || !isWord(text[i-2]))), "string"
+			blank = false
+		case c == '"':
+			skip, what = quoted(rest, '"', false), "name"
+			blank = false
+		case c == '$' && (i == 0 || !isWord(text[i-1])):
+			if tag := dollarTag(rest); tag != "" {
+				what = "string " + tag
+				if skip = strings.Index(rest[len(tag):], tag); skip >= 0 {
+					skip += 2 * len(tag)
+				}
+			}
+			blank = false
+		case c == ';':
+			if !blank {
+				all = append(all, strings.TrimSpace(text[begin:i]))
+			}
+			begin, blank = i+1, true
+		case c != ' ' && c != '\t' && c != '\n' && c != '\r':
+			blank = false
+		}
+		if skip < 0 {
+			return nil, fmt.Errorf("line %d: the %s does not end", 1+strings.Count(text[:i], "\n"), what)
+		}
+		i += skip
+	}
+	if !blank {
+		return nil, errors.New("the last statement does not end with ;")
+	}
+	return all, nil
+}
+
+// comment is the length of a comment, which may hold others; -1 where it does not end.
+func comment(text string) int {
+	depth := 0
+	for i := 0; i+1 < len(text); i++ {
+		switch text[i : i+2] {
+		case "/*":
+			depth++
+			i++
+		case "*/":
+			depth--
+			i++
+			if depth == 0 {
+				return i + 1
+			}
+		}
+	}
+	return -1
+}
+
+// quoted is the length of a string or name in quotes; -1 where it does not end. A doubled quote is part of it.
+func quoted(text string, quote byte, escapes bool) int {
+	for i := 1; i < len(text); i++ {
+		switch {
+		case escapes && text[i] == '\\':
+			i++
+		case text[i] == quote && i+1 < len(text) && text[i+1] == quote:
+			i++
+		case text[i] == quote:
+			return i + 1
+		}
+	}
+	return -1
+}
+
+// dollarTag is the $tag$ that a text begins with; empty for none.
+func dollarTag(text string) string {
+	for i := 1; i < len(text); i++ {
+		if text[i] == '$' {
+			return text[:i+1]
+		}
+		if !isWord(text[i]) || i == 1 && text[i] >= '0' && text[i] <= '9' {
+			return ""
+		}
+	}
+	return ""
+}
+
+func isWord(c byte) bool {
+	return c == '_' || c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= 0x80
+}
