@@ -3,7 +3,7 @@
 // transaction. It is text alone and knows no database.
 //
 // Every statement can be run again: what is there stays, nothing that holds data is dropped,
-// and a check or a foreign key that the files no longer have is taken away. A check says what
+// and a check or a foreign key that the entities no longer have is taken away. A check says what
 // [spec.Entity.CheckRow] says; two values that differ as text alone, such as two spellings of
 // one moment, are one value in the database.
 package ddl
@@ -26,22 +26,23 @@ const (
 	KindSchema Kind = iota
 	// KindTable is a table with its columns, checks and indexes.
 	KindTable
-	KindReference
+	// KindConstraint is what spans tables, and what older tables lack.
+	KindConstraint
 	KindFunction
 )
 
 // Statement is one statement, without a semicolon at its end.
 type Statement struct {
 	Kind Kind
-	// Entity is what the statement is for; nil for a schema.
+	// Entity is what the statement is for; nil where that is not one entity.
 	Entity *spec.Entity
 	SQL    string
 	// Done is an SQL expression that is true where the statement would change nothing. It asks
 	// for no right but USAGE of the schema, so that a role that may not change tables can find
 	// that it need not.
 	Done string
-	// Note is a remark for readers of the SQL, in one line; empty for none.
-	Note string
+	// Notes are remarks for readers of the SQL.
+	Notes []string
 
 	// index tells an index from others of its table.
 	index string
@@ -72,18 +73,18 @@ func Tables(entities []*spec.Entity, o Options) ([]Statement, spec.Problems) {
 		})
 	}
 	for _, e := range g.entities {
+		g.table(e)
+	}
+	for _, e := range g.entities {
 		for _, f := range e.Fields {
 			if f.References != "" {
 				g.reference(e, f, o)
 			}
 		}
 	}
-	for _, e := range g.entities {
-		g.table(e)
-	}
-	slices.SortStableFunc(g.statements, func(a, b Statement) int { return int(a.Kind) - int(b.Kind) })
+	g.follow()
 	g.problems.Sort()
-	return g.statements, g.problems
+	return g.statements, slices.Compact(g.problems)
 }
 
 // TableName is the quoted name of an entity's table, with its schema.
@@ -104,12 +105,10 @@ func Text(statements []Statement) string {
 			}
 			kind, last = s.Kind, s.Entity
 		}
-		if s.Note != "" {
-			b.WriteString("-- " + oneLine(s.Note) + "\n")
+		for _, note := range s.Notes {
+			b.WriteString("-- " + oneLine(note) + "\n")
 		}
-		if s.SQL != "" {
-			b.WriteString(s.SQL + ";\n")
-		}
+		b.WriteString(s.SQL + ";\n")
 	}
 	return b.String()
 }
@@ -121,8 +120,6 @@ func (s Statement) title() string {
 	switch s.Kind {
 	case KindTable:
 		return oneLine(strings.TrimRight("Entity "+s.Entity.Name+": "+s.Entity.Description, ": "))
-	case KindReference:
-		return oneLine("References of " + s.Entity.Name)
 	case KindFunction:
 		return oneLine("Actions of " + s.Entity.Name)
 	default:
@@ -132,18 +129,19 @@ func (s Statement) title() string {
 
 // generator gathers statements and problems.
 type generator struct {
-	entities   []*spec.Entity
-	statements []Statement
-	problems   spec.Problems
-	// constraints are the names of the constraints that an entity's table has.
-	constraints map[*spec.Entity][]string
+	entities    []*spec.Entity
+	statements  []Statement
+	problems    spec.Problems
+	constraints []constraint
+	// openReferences tell why fields have no foreign key.
+	openReferences []string
 	// relations are the names in use: tables and indexes of one schema share them.
 	relations map[string]bool
 }
 
 // newGenerator sorts out the entities that can have a table.
 func newGenerator(entities []*spec.Entity) *generator {
-	g := &generator{constraints: map[*spec.Entity][]string{}, relations: map[string]bool{}}
+	g := &generator{relations: map[string]bool{}}
 	for _, e := range entities {
 		if g.usable(e) {
 			g.entities = append(g.entities, e)

@@ -25,14 +25,16 @@ func Functions(entities []*spec.Entity) ([]Statement, spec.Problems) {
 		}
 	}
 	taken := map[string]string{}
+	var signatures []string
 	for _, e := range g.entities {
 		for _, a := range e.Actions {
-			name, note := shorten(a.Name), ""
+			name := shorten(a.Name)
+			var notes []string
 			if actions[e.Schema+"."+name] > 1 {
-				note = fmt.Sprintf("Several entities of the schema %s have an action %s.", e.Schema, a.Name)
+				notes = append(notes, fmt.Sprintf("Several entities of the schema %s have an action %s.", e.Schema, a.Name))
 				name = shorten(e.Name + "_" + a.Name)
 			} else if name != a.Name {
-				note = fmt.Sprintf("The action %s: a name in SQL may have %d bytes.", a.Name, maxName)
+				notes = append(notes, fmt.Sprintf("The action %s: a name in SQL may have %d bytes.", a.Name, maxName))
 			}
 			path := "actions." + clip(a.Name)
 			if strings.ContainsRune(a.Name, 0) || a.Name == "" {
@@ -45,9 +47,10 @@ func Functions(entities []*spec.Entity) ([]Statement, spec.Problems) {
 				continue
 			}
 			taken[key] = "the action " + a.Name + " of " + e.Name
-			g.function(e, a, name, note)
+			signatures = append(signatures, g.function(e, a, name, notes))
 		}
 	}
+	g.dropOverloads(signatures)
 	g.problems.Sort()
 	return g.statements, g.problems
 }
@@ -56,9 +59,12 @@ func Functions(entities []*spec.Entity) ([]Statement, spec.Problems) {
 const newRunID = `encode(set_bit(set_bit(overlay(uuid_send(gen_random_uuid())
     PLACING substring(int8send((extract(epoch FROM clock_timestamp()) * 1000)::bigint) FROM 3) FROM 1 FOR 6), 52, 1), 53, 1), 'hex')::uuid`
 
-// function adds the function of an action: it drops those with other parameters, makes it,
-// and notes in a comment what it was made of.
-func (g *generator) function(e *spec.Entity, a *spec.Action, name, note string) {
+// by is in the comment of every function made here.
+const by = ", made by specql generate-schema "
+
+// function adds the function of an action, notes in a comment what it was made of, and
+// returns a row that tells its schema, name and parameters.
+func (g *generator) function(e *spec.Entity, a *spec.Action, name string, notes []string) string {
 	full := quote(e.Schema) + "." + quote(name)
 	keyType := ColumnType(keyField(e))
 	signature := full + "(" + keyType + ", jsonb, text)"
@@ -89,26 +95,37 @@ BEGIN
 END`
 	create := "CREATE OR REPLACE FUNCTION " + full + "(id " + keyType + " DEFAULT NULL, input jsonb DEFAULT '{}', idempotency_key text DEFAULT NULL)\n" +
 		"RETURNS uuid LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS " + dollar(body)
-	const by = ", made by specql generate-schema "
 	comment := "Starts the action " + a.Name + " of " + e.Name + " after the commit and returns the id of its run" + by + "(" + mark + digest(create) + ")"
-	others := "FROM pg_catalog.pg_proc p WHERE p.pronamespace = to_regnamespace(" + literal(quote(e.Schema)) + ") AND p.proname = " + literal(name) +
-		" AND pg_get_function_identity_arguments(p.oid) <> " + literal("id "+keyType+", input jsonb, idempotency_key text") +
-		" AND obj_description(p.oid, 'pg_proc') LIKE " + literal("%"+by+"%")
-	drop := `DECLARE
+	done := "EXISTS (SELECT FROM pg_catalog.pg_proc p WHERE p.oid = to_regprocedure(" + literal(signature) +
+		") AND obj_description(p.oid, 'pg_proc') = " + literal(comment) + ")"
+	g.add(Statement{Kind: KindFunction, Entity: e, SQL: create, Done: done, Notes: notes})
+	g.add(Statement{Kind: KindFunction, Entity: e, SQL: "COMMENT ON FUNCTION " + signature + " IS " + literal(comment), Done: done})
+	return "(" + literal(e.Schema) + ", " + literal(name) + ", " + literal("id "+keyType+", input jsonb, idempotency_key text") + ")"
+}
+
+// dropOverloads drops functions of the same names with other parameters: those that were made
+// when a key had another type. A call could mean either.
+func (g *generator) dropOverloads(signatures []string) {
+	if len(signatures) == 0 {
+		return
+	}
+	others := `SELECT p.oid::regprocedure
+    FROM (VALUES
+      ` + strings.Join(signatures, ",\n      ") + `
+    ) AS f (schema, name, parameters)
+    JOIN pg_catalog.pg_namespace n ON n.nspname = f.schema
+    JOIN pg_catalog.pg_proc p ON p.pronamespace = n.oid AND p.proname = f.name
+    WHERE pg_get_function_identity_arguments(p.oid) <> f.parameters AND obj_description(p.oid, 'pg_proc') LIKE ` + literal("%"+by+"%")
+	body := `DECLARE
   other regprocedure;
 BEGIN
-  FOR other IN SELECT p.oid ` + others + `
+  FOR other IN
+    ` + others + `
   LOOP
     EXECUTE format('DROP FUNCTION %s', other);
   END LOOP;
 END`
-	done := "EXISTS (SELECT FROM pg_catalog.pg_proc p WHERE p.oid = to_regprocedure(" + literal(signature) +
-		") AND obj_description(p.oid, 'pg_proc') = " + literal(comment) + ")"
-	g.add(Statement{
-		Kind: KindFunction, Entity: e, Note: note, SQL: "DO " + dollar(drop), Done: "NOT EXISTS (SELECT " + others + ")",
-	})
-	g.add(Statement{Kind: KindFunction, Entity: e, SQL: create, Done: done})
-	g.add(Statement{Kind: KindFunction, Entity: e, SQL: "COMMENT ON FUNCTION " + signature + " IS " + literal(comment), Done: done})
+	g.add(Statement{Kind: KindFunction, SQL: "DO " + dollar(body), Done: "NOT EXISTS (" + others + ")", Notes: []string{"Functions for keys of another type."}})
 }
 
 // Grants are comments that tell what a role needs in order to call the functions of entities.

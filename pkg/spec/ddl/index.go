@@ -115,10 +115,7 @@ func (g *generator) reference(e *spec.Entity, f *spec.Field, o Options) {
 	switch {
 	case problem != "":
 		g.problems = append(g.problems, spec.Problem{Position: f.Position, Path: path, Message: problem, Mend: mend, Warning: o.OpenReferences})
-		g.add(Statement{
-			Kind: KindReference, Entity: e, Done: "true",
-			Note: "No foreign key of " + f.Name + " to " + f.References + ": " + problem + ".",
-		})
+		g.openReferences = append(g.openReferences, "No foreign key of "+e.Name+"."+f.Name+" to "+f.References+": "+problem+".")
 		return
 	case ColumnType(column) != ColumnType(f):
 		g.errorf(f.Position, path, "give it the type "+column.Type, "%s is of type %s, and %s is of type %s", f.Name, f.Type, f.References, column.Type)
@@ -130,8 +127,7 @@ func (g *generator) reference(e *spec.Entity, f *spec.Field, o Options) {
 			"%s is not unique, so that a reference could mean several rows", f.References)
 		return
 	}
-	g.constraint(KindReference, e, g.constraintName(e, "fk", f.Name, ""),
-		"FOREIGN KEY ("+quote(f.Name)+") REFERENCES "+TableName(target)+" ("+quote(column.Name)+") DEFERRABLE", "foreign_key_violation")
+	g.constrain(e, "fk", f.Name, "", "FOREIGN KEY ("+quote(f.Name)+") REFERENCES "+TableName(target)+" ("+quote(column.Name)+") DEFERRABLE")
 }
 
 // target finds what a reference means: the entity of this name in the same schema, else the

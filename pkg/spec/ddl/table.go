@@ -7,33 +7,38 @@ import (
 	"github.com/specql/mesh/pkg/spec"
 )
 
-// table adds what an entity's table needs: the table, columns that came later, checks and indexes.
+// table adds what an entity's table needs: the table with its checks, columns that came
+// later, and indexes. What a table that was there before needs besides is in [generator.follow].
 func (g *generator) table(e *spec.Entity) {
 	name := TableName(e)
-	keyName := quote(shorten("pk_" + e.Name))
-	columns := make([]string, 0, len(e.Fields)+2)
-	later := make([]string, 0, len(e.Fields))
-	defaults := make([]string, 0, len(e.Fields))
+	lines := make([]string, 0, 2*len(e.Fields)+2)
 	if e.PrimaryKey() == nil {
-		columns = append(columns, quote(primaryKey)+" uuid DEFAULT gen_random_uuid()")
+		lines = append(lines, columnDefinition(keyField(e), "gen_random_uuid()", true))
 	}
+	var later, laterNames []string
 	for _, f := range e.Fields {
 		value := g.defaultOf(e, f)
-		columns = append(columns, columnDefinition(f, value, true))
+		lines = append(lines, columnDefinition(f, value, true))
 		if !isKey(f) {
 			later = append(later, "ADD COLUMN IF NOT EXISTS "+columnDefinition(f, value, false))
-		}
-		switch {
-		case value != "":
-			defaults = append(defaults, "ALTER COLUMN "+quote(f.Name)+" SET DEFAULT "+value)
-		case !isKey(f):
-			defaults = append(defaults, "ALTER COLUMN "+quote(f.Name)+" DROP DEFAULT")
+			laterNames = append(laterNames, literal(f.Name))
 		}
 	}
-	columns = append(columns, "CONSTRAINT "+keyName+" PRIMARY KEY ("+quote(keyField(e).Name)+")")
+	lines = append(lines, "CONSTRAINT "+quote(keyName(e))+" PRIMARY KEY ("+quote(keyField(e).Name)+")")
+	var notes []string
+	for _, f := range e.Fields {
+		for _, c := range g.fieldChecks(f) {
+			if c.expression == "" {
+				notes = append(notes, c.note)
+				continue
+			}
+			added := g.constrain(e, "ck", f.Name, c.rule, "CHECK ("+c.expression+")")
+			lines = append(lines, "CONSTRAINT "+quote(added.name)+" "+added.definition)
+		}
+	}
 	g.add(Statement{
-		Kind: KindTable, Entity: e,
-		SQL:  "CREATE TABLE IF NOT EXISTS " + name + " (\n  " + strings.Join(columns, ",\n  ") + "\n)",
+		Kind: KindTable, Entity: e, Notes: notes,
+		SQL:  "CREATE TABLE IF NOT EXISTS " + name + " (\n  " + strings.Join(lines, ",\n  ") + "\n)",
 		Done: "to_regclass(" + literal(name) + ") IS NOT NULL",
 	})
 	if text := e.Description; text != "" && !strings.ContainsRune(text, 0) {
@@ -43,11 +48,12 @@ func (g *generator) table(e *spec.Entity) {
 		})
 	}
 	if len(later) > 0 {
-		g.addColumns(e, later)
+		g.add(Statement{
+			Kind: KindTable, Entity: e, SQL: "ALTER TABLE " + name + "\n  " + strings.Join(later, ",\n  "),
+			Done: fmt.Sprintf("(SELECT count(*) FROM pg_catalog.pg_attribute a WHERE a.attrelid = to_regclass(%s) AND a.attname IN (%s) AND NOT a.attisdropped) = %d",
+				literal(name), strings.Join(laterNames, ", "), len(later)),
+		})
 	}
-	g.columns(e)
-	g.defaults(e, defaults)
-	g.checks(e)
 	for _, x := range e.Indexes {
 		g.index(e, x)
 	}
@@ -62,6 +68,9 @@ func keyField(e *spec.Entity) *spec.Field {
 	}
 	return &spec.Field{Name: primaryKey, Type: "uuid", Required: true, Implicit: true}
 }
+
+// keyName is the name of a primary key made here. It tells tables made here from others.
+func keyName(e *spec.Entity) string { return shorten("pk_" + e.Name) }
 
 // defaultOf is the expression of a column's default; empty for none.
 func (g *generator) defaultOf(e *spec.Entity, f *spec.Field) string {
@@ -96,110 +105,4 @@ func columnDefinition(f *spec.Field, value string, fresh bool) string {
 		text += " NOT NULL"
 	}
 	return text
-}
-
-// columnsOf is a query's FROM that finds the columns of the fields: as they are in the table
-// (a, t), and what the fields want (w).
-func columnsOf(e *spec.Entity) string {
-	fields := e.Fields
-	if e.PrimaryKey() == nil {
-		fields = append([]*spec.Field{keyField(e)}, fields...)
-	}
-	wanted := make([]string, 0, len(fields))
-	for _, f := range fields {
-		types := make([]string, 0, 4)
-		for _, kind := range kindred(f) {
-			types = append(types, literal(kind))
-		}
-		wanted = append(wanted, fmt.Sprintf("(%s, %t, %s, ARRAY[%s])", literal(f.Name), f.Required || isKey(f), literal(f.Type), strings.Join(types, ", ")))
-	}
-	return "FROM (VALUES " + strings.Join(wanted, ",\n      ") + ") AS w (name, required, kind, types)\n" +
-		"    JOIN pg_catalog.pg_attribute a ON a.attrelid = to_regclass(" + literal(TableName(e)) + ") AND a.attname = w.name AND NOT a.attisdropped\n" +
-		"    JOIN pg_catalog.pg_type t ON t.oid = a.atttypid"
-}
-
-// unfit is a condition on [columnsOf]: the column cannot hold the field's values. Enumerations
-// and domains, which nobody but the table's owner made, are let through.
-const unfit = "t.typtype NOT IN ('e', 'd') AND format_type(a.atttypid, NULL) <> ALL (w.types)"
-
-// made is an expression that is true where the table was made by the statements here: its
-// rules follow the files. The rules of another table are its owner's.
-func made(e *spec.Entity) string {
-	return "EXISTS (SELECT FROM pg_catalog.pg_constraint p WHERE p.conrelid = to_regclass(" + literal(TableName(e)) +
-		") AND p.contype = 'p' AND p.conname = " + literal(shorten("pk_"+e.Name)) + ")"
-}
-
-// addColumns adds the columns that an older table lacks.
-func (g *generator) addColumns(e *spec.Entity, clauses []string) {
-	names := make([]string, 0, len(e.Fields))
-	for _, f := range e.Fields {
-		if !isKey(f) {
-			names = append(names, literal(f.Name))
-		}
-	}
-	g.add(Statement{
-		Kind: KindTable, Entity: e, SQL: "ALTER TABLE " + TableName(e) + "\n  " + strings.Join(clauses, ",\n  "),
-		Done: fmt.Sprintf("(SELECT count(*) FROM pg_catalog.pg_attribute a WHERE a.attrelid = to_regclass(%s) AND a.attname IN (%s) AND NOT a.attisdropped) = %d",
-			literal(TableName(e)), strings.Join(names, ", "), len(names)),
-	})
-}
-
-// columns refuses columns of a type that the field's values do not fit, requires what the
-// fields require where no row is without it, and takes null again where a field of a table
-// made here no longer requires a value.
-func (g *generator) columns(e *spec.Entity) {
-	name, key := TableName(e), literal(keyField(e).Name)
-	body := `DECLARE
-  c record;
-BEGIN
-  IF NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a WHERE a.attrelid = ` + literal(name) + `::regclass AND a.attname = ` + key + `) THEN
-    RAISE EXCEPTION USING ERRCODE = 'undefined_column', MESSAGE = format('%s has no column %s, which tells its rows apart: add it', ` + literal(name) + `, ` + key + `);
-  END IF;
-  FOR c IN
-    SELECT w.name, w.kind, w.required, format_type(a.atttypid, a.atttypmod) AS type, ` + unfit + ` AS unfit
-    ` + columnsOf(e) + `
-    WHERE ` + unfit + ` OR (w.required AND NOT a.attnotnull) OR (NOT w.required AND a.attnotnull AND ` + made(e) + `)
-  LOOP
-    IF c.unfit THEN
-      RAISE EXCEPTION USING ERRCODE = 'datatype_mismatch', MESSAGE = format('column %s of %s is %s, and the field is of type %s: '
-        'a column''s type is not changed; give the field another name, or change the column', c.name, ` + literal(name) + `, c.type, c.kind);
-    ELSIF c.required THEN
-      BEGIN
-        EXECUTE format('ALTER TABLE %s ALTER COLUMN %I SET NOT NULL', ` + literal(name) + `, c.name);
-      EXCEPTION WHEN not_null_violation THEN
-        RAISE WARNING '% has rows without %: the column takes null until they have a value and this is run again', ` + literal(name) + `, c.name;
-      END;
-    ELSE
-      EXECUTE format('ALTER TABLE %s ALTER COLUMN %I DROP NOT NULL', ` + literal(name) + `, c.name);
-    END IF;
-  END LOOP;
-END`
-	g.add(Statement{
-		Kind: KindTable, Entity: e, SQL: "DO " + dollar(body),
-		Done: "to_regclass(" + literal(name) + ") IS NOT NULL AND NOT EXISTS (SELECT " + columnsOf(e) +
-			" WHERE " + unfit + " OR (w.required AND NOT a.attnotnull) OR (NOT w.required AND a.attnotnull AND " + made(e) + "))",
-	})
-}
-
-// defaults sets the defaults anew where they are not those of the last time. The comment of
-// the primary key keeps their digest.
-func (g *generator) defaults(e *spec.Entity, clauses []string) {
-	if len(clauses) == 0 {
-		return
-	}
-	set := strings.Join(clauses, ",\n    ")
-	note := literal(mark + digest(set))
-	where := "FROM pg_catalog.pg_constraint p WHERE p.conrelid = to_regclass(" + literal(TableName(e)) + ") AND p.contype = 'p' AND p.conname = " +
-		literal(shorten("pk_"+e.Name)) + " AND obj_description(p.oid, 'pg_constraint') IS DISTINCT FROM " + note
-	body := `BEGIN
-  IF EXISTS (SELECT ` + where + `) THEN
-    ALTER TABLE ` + TableName(e) + `
-    ` + set + `;
-    COMMENT ON CONSTRAINT ` + quote(shorten("pk_"+e.Name)) + ` ON ` + TableName(e) + ` IS ` + note + `;
-  END IF;
-END`
-	g.add(Statement{
-		Kind: KindTable, Entity: e, SQL: "DO " + dollar(body),
-		Done: "to_regclass(" + literal(TableName(e)) + ") IS NOT NULL AND NOT EXISTS (SELECT " + where + ")",
-	})
 }

@@ -35,24 +35,6 @@ func ColumnType(f *spec.Field) string {
 	return ""
 }
 
-// kindred are the types that a column made by someone else may have for a field's values to
-// fit. Enumerations and domains are let through too.
-func kindred(f *spec.Field) []string {
-	switch ColumnType(f) {
-	case "text":
-		return []string{"text", "character varying", "character"}
-	case "bigint":
-		return []string{"bigint", "integer", "smallint", "numeric"}
-	case "double precision":
-		return []string{"double precision", "real", "numeric"}
-	case "jsonb":
-		return []string{"jsonb", "json"}
-	case "timestamp with time zone":
-		return []string{"timestamp with time zone", "timestamp without time zone"}
-	}
-	return []string{ColumnType(f)}
-}
-
 // constant writes a value that the field takes. The type is written where PostgreSQL would
 // not see it.
 func constant(f *spec.Field, v any) (string, error) {
