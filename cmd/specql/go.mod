@@ -140,4 +140,8 @@ require (
 
 replace github.com/specql/mesh/examples => ../../examples
 
+require github.com/specql/mesh/test/pgtest v0.0.0
+
+replace github.com/specql/mesh/test/pgtest => ../../test/pgtest
+
 exclude github.com/google/pprof v0.0.0-20261016150608-1facf8f91b50

@@ -22,6 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/test/pgtest"
 )
 
 // asProgram makes the test binary be specql.
@@ -31,7 +32,12 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asProgram) != "" {
 		main()
 	}
-	os.Exit(m.Run())
+	status := m.Run()
+	if err := pgtest.Shutdown(); err != nil {
+		_, _ = os.Stderr.WriteString(err.Error() + "\n")
+		status = max(status, 1)
+	}
+	os.Exit(status)
 }
 
 // program is a command that runs specql in a folder, with little else in its environment.

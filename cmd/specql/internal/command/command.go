@@ -137,6 +137,7 @@ func newRoot(s IO) *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	root.AddCommand(
 		newDev(s), newDemo(s), newExecuteJob(s), newRuns(s), newRunners(s), newValidateConfig(s), newCerts(s),
+		newGenerateSchema(s), newExecutionTypes(s), newRollback(s),
 	)
 	for _, c := range descendants(root) {
 		if args := c.Args; args != nil {
@@ -162,28 +163,34 @@ func descendants(c *cobra.Command) []*cobra.Command {
 // manyWords are the flags that take every word up to the next flag: --disable shell docker.
 var manyWords = []string{"--disable", "--enable", "--services"}
 
-// spread repeats such a flag before each of its words, as the flag parser wants it.
+// spread repeats such a flag before each of its words, as the flag parser wants it. One
+// without a word goes to the end, where the parser sees that its word is missing.
 func spread(args []string) []string {
-	var out []string
+	var out, bare []string
 	flag := ""
 	for i, a := range args {
 		switch {
 		case a == "--":
-			return append(out, args[i:]...)
+			return slices.Concat(out, bare, args[i:])
 		case strings.HasPrefix(a, "-"):
+			name, _, written := strings.Cut(a, "=")
 			flag = ""
-			if slices.Contains(manyWords, a) {
-				flag = a
-				continue
+			if slices.Contains(manyWords, name) {
+				flag = name
 			}
-			out = append(out, a)
+			switch {
+			case flag == "" || written:
+				out = append(out, a)
+			case i+1 == len(args) || strings.HasPrefix(args[i+1], "-"):
+				bare = append(bare, a)
+			}
 		case flag != "":
 			out = append(out, flag, a)
 		default:
 			out = append(out, a)
 		}
 	}
-	return out
+	return append(out, bare...)
 }
 
 // bind gives flags that were not set their variable's value: --address that of SPECQL_ADDRESS.
