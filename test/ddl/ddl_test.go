@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/specql/mesh/migrations"
 	"github.com/specql/mesh/pkg/spec"
 	"github.com/specql/mesh/pkg/spec/ddl"
 	"github.com/specql/mesh/test/pgtest"
@@ -424,19 +425,20 @@ func TestForeignKeys(t *testing.T) {
 	require.Equal(t, 1, undone(t, url, all))
 }
 
-// runs is what the functions need of the mesh's tables.
-const runs = `
-CREATE SCHEMA jobs;
-CREATE TABLE jobs.tb_workflow_run (
-  id uuid PRIMARY KEY, entity text, action text, entity_schema text, entity_id text, status text NOT NULL DEFAULT 'pending', owner text NOT NULL DEFAULT '',
-  idempotency_key text, tenant_id text, triggered_by text, input_data jsonb, created_at timestamptz DEFAULT now());
-CREATE UNIQUE INDEX ux_key ON jobs.tb_workflow_run (coalesce(tenant_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL;
-`
+// mesh makes the tables of the mesh.
+func mesh(t *testing.T, url string) {
+	t.Helper()
+	files, err := migrations.Files()
+	require.NoError(t, err)
+	for _, f := range files {
+		psql(t, url, f.SQL)
+	}
+}
 
 func TestFunctionsBeginRunsInTheCallersTransaction(t *testing.T) {
 	t.Parallel()
 	url := pgtest.Database(t)
-	psql(t, url, runs)
+	mesh(t, url)
 	apply(t, url, parse(
 		t,
 		"entity: payment\nactions: {process_payment: {input: {card_token: string}, steps: []}, cancel: {steps: []}}\n",
@@ -489,7 +491,7 @@ func TestFunctionsBeginRunsInTheCallersTransaction(t *testing.T) {
 func TestTheSameKeyAtTheSameTime(t *testing.T) {
 	t.Parallel()
 	url := pgtest.Database(t)
-	psql(t, url, runs)
+	mesh(t, url)
 	apply(t, url, parse(t, "entity: payment\nactions: {pay: {steps: []}}\n"))
 	results := make(chan string)
 	for range 20 {
@@ -514,7 +516,7 @@ func TestTheSameKeyAtTheSameTime(t *testing.T) {
 func TestTheRightsOfACaller(t *testing.T) {
 	t.Parallel()
 	url := pgtest.Database(t)
-	psql(t, url, runs)
+	mesh(t, url)
 	entities := parse(t, "entity: payment\nactions: {pay: {steps: []}}\n")
 	apply(t, url, entities)
 	role := "web_" + regexp.MustCompile(`\W`).ReplaceAllString(url[strings.LastIndex(url, "/")+1:], "_")
@@ -528,6 +530,7 @@ func TestTheRightsOfACaller(t *testing.T) {
 	}
 	require.Equal(t, role, psql(t, url, "SET ROLE "+role+"; SELECT app.pay(idempotency_key => 'a'); SELECT app.pay(idempotency_key => 'a'); RESET ROLE; SELECT DISTINCT triggered_by FROM jobs.tb_workflow_run")[37*2:])
 	require.Contains(t, refused(t, url, "SET ROLE "+role+"; SELECT input_data FROM jobs.tb_workflow_run"), "permission denied")
+	psql(t, url, "GRANT INSERT ON jobs.tb_job_run TO "+role+"; SET ROLE "+role+"; INSERT INTO jobs.tb_job_run (service_name, operation, input_data) VALUES ('s', 'o', '{}')")
 	psql(t, url, "DROP OWNED BY "+role+"; DROP ROLE "+role)
 
 	// A role that may change nothing finds that it need not.

@@ -4,11 +4,14 @@ go 1.26.0
 
 replace github.com/specql/mesh/gen => ../../gen
 
+replace github.com/specql/mesh/migrations => ../../migrations
+
 replace github.com/specql/mesh/pkg => ../../pkg
 
 replace github.com/specql/mesh/test/pgtest => ../pgtest
 
 require (
+	github.com/specql/mesh/migrations v0.0.0
 	github.com/specql/mesh/pkg v0.0.0
 	github.com/specql/mesh/test/pgtest v0.0.0
 	github.com/stretchr/testify v1.12.1
