@@ -3,6 +3,7 @@ package command
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os/signal"
@@ -15,6 +16,7 @@ import (
 	"github.com/specql/mesh/cmd/specql/internal/sandbox"
 	"github.com/specql/mesh/cmd/specql/internal/terminal"
 	"github.com/specql/mesh/pkg/telemetry"
+	"github.com/specql/mesh/services/orchestrator/server"
 )
 
 func newDev(s IO) *cobra.Command {
@@ -31,7 +33,8 @@ func newDev(s IO) *cobra.Command {
 			"between them and an embedded database. The API is plaintext on loopback. Once it answers, one line on\n" +
 			"standard output says where: ready api=HOST:PORT console=HOST:PORT. Ctrl-C drains and ends it.\n\n" +
 			"Without --registry and --entities: registry/service_registry.yaml and entities/ of this folder if they\n" +
-			"are there, else the bundled examples. Every flag has a variable: --data is SPECQL_DATA.",
+			"are there, else the bundled examples. A PostgreSQL database needs its schema first: `specql migrate-schema`\n" +
+			"makes it. Every flag has a variable: --data is SPECQL_DATA.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := s.bind(cmd.Flags()); err != nil {
@@ -49,6 +52,11 @@ func newDev(s IO) *cobra.Command {
 			}
 			if err := o.CheckAddresses(); err != nil {
 				return misuse("%w", err)
+			}
+			if isPostgreSQL(o.Database) {
+				if err := checkDatabaseURL(o.Database); err != nil {
+					return err
+				}
 			}
 			o.Logger = telemetry.NewLogger(s.Err, logLevel, logFormat)
 			o.Version = s.Version
@@ -73,7 +81,7 @@ func newDev(s IO) *cobra.Command {
 	fs.StringVar(&o.Data, "data", ".specql", "folder of the database")
 	fs.StringVar(&o.Listen, "listen", defaultAddress, "address of the API, on loopback")
 	fs.StringVar(&o.Console, "console", "127.0.0.1:7351", "address of the console, on loopback")
-	fs.StringVar(&o.Database, "database", "", "sqlite:PATH in place of specql.db in --data")
+	fs.StringVar(&o.Database, "database", "", "sqlite:PATH or the URL of a PostgreSQL database, in place of specql.db in --data")
 	fs.StringSliceVar(&runners, "runner", nil, "TYPE=ADDRESS of a custom runner on loopback that was started with --insecure (repeatable, or with commas)")
 	fs.DurationVar(&o.DrainTimeout, "drain-timeout", 10*time.Second, "how long running jobs may take to end at the end")
 	fs.StringVar(&logLevel, "log-level", "warn", "debug, info, warn or error")
@@ -100,6 +108,9 @@ func dev(ctx context.Context, s IO, o local.Options, d local.Documents) error {
 		s.introduce(o, d, endpoints, r)
 		_, _ = fmt.Fprintf(s.Out, "ready api=%s console=%s\n", r.API, r.Console)
 	})
+	if _, ok := errors.AsType[*server.InvalidError](err); !ok && isPostgreSQL(o.Database) {
+		err = (&database{url: o.Database}).hide(err)
+	}
 	return s.invalid(err)
 }
 
@@ -123,6 +134,9 @@ func (s IO) introduce(o local.Options, d local.Documents, endpoints []*sandbox.E
 		s.say("sandbox   %s stands in for %s (%s)", e.URL, e.Name, e.Variable)
 	}
 	s.say("data      %s", terminal.Clean(o.Data))
+	if o.Database != "" {
+		s.say("database  %s", terminal.Clean(redactURL(o.Database)))
+	}
 	if d.Examples != "" {
 		s.say("try       specql execute-job --entity payment --action process_payment")
 	}

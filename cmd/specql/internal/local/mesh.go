@@ -29,7 +29,7 @@ type Options struct {
 	Env string
 	// Data is the folder of the database; it is made if it is not there.
 	Data string
-	// Database is sqlite:PATH or empty for specql.db in Data.
+	// Database is sqlite:PATH, the URL of a PostgreSQL database, or empty for specql.db in Data.
 	Database string
 	// Listen and Console are the addresses of the API and of the console, on loopback.
 	Listen, Console string
