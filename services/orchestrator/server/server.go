@@ -103,7 +103,11 @@ func Run(ctx context.Context, o Options) (err error) {
 	closers.add(st.Close)
 	journal := store.NewJournal(st, store.JournalOptions{Logger: o.Logger, OnCommit: m.commit})
 	closers.add(journal.Close)
-	dispatcher, err := dispatch.New(dispatch.Options{Runners: o.Runners, Credentials: o.RunnerCredentials, Logger: o.Logger})
+	var eng *engine.Engine
+	dispatcher, err := dispatch.New(dispatch.Options{
+		Runners: o.Runners, Credentials: o.RunnerCredentials, Logger: o.Logger,
+		Renew: func() bool { return eng.Renew() }, // nothing is dispatched before there is an engine
+	})
 	if err != nil {
 		return err
 	}
@@ -118,7 +122,7 @@ func Run(ctx context.Context, o Options) (err error) {
 		return fmt.Errorf("name this orchestrator: %w", err)
 	}
 	in := &intake.Intake{Registry: reg, Rows: st}
-	eng := engine.New(engine.Options{
+	eng = engine.New(engine.Options{
 		Journal: journal, Store: st, Plans: reg, Dispatcher: dispatcher, Clock: clock, Logger: o.Logger,
 		Owner: owner.String(), Intake: in, Refresh: reg.Refresh, Retain: o.Retain, MaxRuns: o.MaxRuns, RunEnded: m.runEnded, JobEnded: m.jobEnded,
 	})

@@ -73,7 +73,7 @@ type Registry struct {
 // ExecutionTypes are those that were disabled or enabled.
 type ExecutionTypes interface {
 	SetExecutionTypes(ctx context.Context, disable, enable []string) error
-	ExecutionTypes(ctx context.Context) (map[string]bool, error)
+	ExecutionTypes(ctx context.Context) (map[string]store.ExecutionType, error)
 }
 
 func name(v *intake.Violations, field, value string) {

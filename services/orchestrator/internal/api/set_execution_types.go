@@ -7,6 +7,7 @@ import (
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
 const maxTypes = 100
@@ -50,27 +51,27 @@ func (r *Registry) SetExecutionTypes(ctx context.Context, req *specqlv1.SetExecu
 	}
 	resp := &specqlv1.SetExecutionTypesResponse{}
 	for _, name := range sorted(known) {
-		resp.Types = append(resp.Types, &specqlv1.ExecutionTypeState{Name: name, Enabled: known[name]})
+		resp.Types = append(resp.Types, &specqlv1.ExecutionTypeState{Name: name, Enabled: known[name].Enabled, ChangedAt: timeProto(known[name].ChangedAt)})
 	}
 	return resp, nil
 }
 
 // executionTypes are the built-in types, those that have a runner and those that were ever
-// set, with true for enabled ones.
-func (r *Registry) executionTypes(ctx context.Context) (map[string]bool, error) {
+// set.
+func (r *Registry) executionTypes(ctx context.Context) (map[string]store.ExecutionType, error) {
 	set, err := r.Types.ExecutionTypes(ctx)
 	if err != nil {
 		return nil, err
 	}
 	for _, name := range append([]string{"http", "shell", "docker", "serverless"}, r.Runners.ExecutionTypes()...) {
 		if _, there := set[name]; !there {
-			set[name] = true
+			set[name] = store.ExecutionType{Enabled: true}
 		}
 	}
 	return set, nil
 }
 
-func sorted(set map[string]bool) []string {
+func sorted(set map[string]store.ExecutionType) []string {
 	names := make([]string, 0, len(set))
 	for name := range set {
 		names = append(names, name)

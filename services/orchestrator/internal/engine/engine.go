@@ -68,7 +68,7 @@ type Reader interface {
 	ClaimJobs(ctx context.Context, owner string, limit int) ([]*store.Job, error)
 	Requests(ctx context.Context, owner string) (*store.Requests, error)
 	Listen(ctx context.Context, fn func(store.Notice)) error
-	ExecutionTypes(ctx context.Context) (map[string]bool, error)
+	ExecutionTypes(ctx context.Context) (map[string]store.ExecutionType, error)
 	Maintain(ctx context.Context, retain time.Duration) error
 }
 

@@ -383,8 +383,8 @@ func (e *Engine) refresh(ctx context.Context) error {
 		return err
 	}
 	disabled := map[string]bool{}
-	for name, enabled := range types {
-		if !enabled {
+	for name, t := range types {
+		if !t.Enabled {
 			disabled[name] = true
 		}
 	}

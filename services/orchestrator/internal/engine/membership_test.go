@@ -79,8 +79,10 @@ func (*members) Listen(ctx context.Context, _ func(store.Notice)) error {
 	<-ctx.Done()
 	return ctx.Err()
 }
-func (*members) ExecutionTypes(context.Context) (map[string]bool, error) { return nil, nil }
-func (*members) Maintain(context.Context, time.Duration) error           { return nil }
+func (*members) ExecutionTypes(context.Context) (map[string]store.ExecutionType, error) {
+	return nil, nil
+}
+func (*members) Maintain(context.Context, time.Duration) error { return nil }
 
 // pass lets time go by, which in a bubble takes none.
 func pass(d time.Duration) { <-time.After(d) }

@@ -235,6 +235,12 @@ type Requests struct {
 	Signals []*Signal
 }
 
+// ExecutionType is what was set for an execution type.
+type ExecutionType struct {
+	Enabled   bool
+	ChangedAt time.Time
+}
+
 // Notice says what another client of the database did.
 type Notice int
 
@@ -353,8 +359,8 @@ type Store interface {
 	Maintain(ctx context.Context, retain time.Duration) error
 	// SetExecutionTypes disables and enables execution types; calls of a disabled one fail.
 	SetExecutionTypes(ctx context.Context, disable, enable []string) error
-	// ExecutionTypes returns the types that were ever set, with true for enabled ones.
-	ExecutionTypes(ctx context.Context) (map[string]bool, error)
+	// ExecutionTypes returns the types that were ever set, by name.
+	ExecutionTypes(ctx context.Context) (map[string]ExecutionType, error)
 	// ClaimRun makes owner the owner of one failed or cancelled run, for a retry, and raises
 	// its epoch; ErrNotFound, ErrState.
 	ClaimRun(ctx context.Context, owner, runID string) (*Run, error)

@@ -188,23 +188,23 @@ func (s *Store) SetExecutionTypes(ctx context.Context, disable, enable []string)
 }
 
 // ExecutionTypes implements [store.Store].
-func (s *Store) ExecutionTypes(ctx context.Context) (map[string]bool, error) {
+func (s *Store) ExecutionTypes(ctx context.Context) (map[string]store.ExecutionType, error) {
 	end, err := s.read()
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	rows, err := s.readDB.QueryContext(ctx, "SELECT name, enabled FROM jobs.tb_execution_type")
+	rows, err := s.readDB.QueryContext(ctx, "SELECT name, enabled, changed_at FROM jobs.tb_execution_type")
 	if err != nil {
 		return nil, fmt.Errorf("execution types: %w", err)
 	}
 	defer func() { _ = rows.Close() }()
-	out := map[string]bool{}
+	out := map[string]store.ExecutionType{}
 	err = eachRow(rows, func(rows *sql.Rows) error {
 		var name string
-		var enabled bool
-		err := rows.Scan(&name, &enabled)
-		out[name] = enabled
+		var t store.ExecutionType
+		err := rows.Scan(&name, &t.Enabled, timeColumn{&t.ChangedAt})
+		out[name] = t
 		return err
 	})
 	if err != nil {
