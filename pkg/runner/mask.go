@@ -20,7 +20,9 @@ const (
 	shortestSecret = 4
 	// shortestLine is the shortest line of a secret of several lines that is masked by itself.
 	shortestLine = 8
-	maxForms     = 4096
+	// shortestInner is the shortest piece of base64 that is masked: shorter ones stand in other texts, too.
+	shortestInner = 8
+	maxForms      = 4096
 )
 
 // masker replaces secrets, in the forms in which they usually leave a program.
@@ -37,7 +39,7 @@ func (m *masker) add(secret string) {
 		m.forms = map[string]struct{}{}
 	}
 	before := len(m.forms)
-	for _, form := range formsOf(secret) {
+	for _, form := range SecretForms(secret) {
 		if len(m.forms) < maxForms {
 			m.forms[form] = struct{}{}
 		}
@@ -63,7 +65,10 @@ func (m *masker) add(secret string) {
 	m.replacer = strings.NewReplacer(pairs...)
 }
 
-func formsOf(secret string) []string {
+// SecretForms gives the forms in which [Sink.Secret] finds a secret: as it is, escaped for URLs
+// and JSON, in hexadecimal, in base64 wherever in an encoded text it stands, and the longer lines of
+// several. A runner that shortens foreign text needs them, since half of a form is not found any more.
+func SecretForms(secret string) []string {
 	var forms []string
 	add := func(form string) {
 		if len(form) >= shortestSecret {
@@ -77,10 +82,16 @@ func formsOf(secret string) []string {
 		add(plain)
 		add(url.QueryEscape(plain))
 		add(url.PathEscape(plain))
+		add(lowerEscapes(url.QueryEscape(plain)))
+		add(lowerEscapes(url.PathEscape(plain)))
 		add(hex.EncodeToString([]byte(plain)))
+		add(strings.ToUpper(hex.EncodeToString([]byte(plain))))
 		// Without padding: that is how the padded form begins.
 		add(base64.RawStdEncoding.EncodeToString([]byte(plain)))
 		add(base64.RawURLEncoding.EncodeToString([]byte(plain)))
+		for _, inner := range innerBase64(plain) {
+			add(inner)
+		}
 		var b strings.Builder
 		e := json.NewEncoder(&b)
 		if e.Encode(plain) == nil {
@@ -98,6 +109,31 @@ func formsOf(secret string) []string {
 	for line := range strings.Lines(secret) {
 		if line = strings.TrimSpace(line); len(line) >= shortestLine {
 			add(line)
+		}
+	}
+	return forms
+}
+
+// lowerEscapes writes the escapes of a URL with small letters, which means the same.
+func lowerEscapes(escaped string) string {
+	b := []byte(escaped)
+	for i := 0; i+2 < len(b); i++ {
+		if b[i] == '%' {
+			copy(b[i+1:i+3], bytes.ToLower(b[i+1:i+3]))
+		}
+	}
+	return string(b)
+}
+
+// innerBase64 gives what base64 makes of a secret in the middle of a text, such as user:secret. By
+// where it begins there are three ways; the letters that its neighbours decide, too, are left out.
+func innerBase64(secret string) []string {
+	var forms []string
+	for before := range 3 {
+		whole := base64.StdEncoding.EncodeToString([]byte(strings.Repeat("\x00", before) + secret))
+		from, to := (8*before+5)/6, 8*(before+len(secret))/6
+		if to-from >= shortestInner {
+			forms = append(forms, whole[from:to], strings.NewReplacer("+", "-", "/", "_").Replace(whole[from:to]))
 		}
 	}
 	return forms

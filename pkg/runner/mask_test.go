@@ -1,8 +1,11 @@
 package runner
 
 import (
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"net/url"
 	"strings"
 	"testing"
 
@@ -67,5 +70,33 @@ func FuzzCheckSchema(f *testing.F) {
 	f.Add([]byte(`{"anyOf":[{"type":"string"},{"$ref":"#"}]}`), []byte(`[]`))
 	f.Fuzz(func(_ *testing.T, schema, value []byte) {
 		CheckSchema(schema, value, "x")
+	})
+}
+
+// TestEveryFormIsMasked: a secret is found in the forms in which a service that was given it
+// tends to give it back.
+func TestEveryFormIsMasked(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		secret := rapid.StringMatching(`[A-Za-z0-9/+=_@:<>&" -]{12,40}`).Filter(func(s string) bool { return len(strings.TrimSpace(s)) >= 12 }).Draw(t, "secret")
+		before, after := rapid.StringMatching(`[a-z:]{0,9}`).Draw(t, "before"), rapid.StringMatching(`[a-z:]{0,9}`).Draw(t, "after")
+		var m masker
+		m.add(secret)
+		escaped := url.QueryEscape(secret)
+		for form, text := range map[string]string{
+			"url": escaped, "url in small letters": lowerEscapes(escaped), "path": url.PathEscape(secret),
+			"hex": hex.EncodeToString([]byte(secret)), "HEX": strings.ToUpper(hex.EncodeToString([]byte(secret))),
+		} {
+			require.Equal(t, "a "+masked+" b", m.text("a "+text+" b"), form)
+		}
+		// In base64 what the neighbours decide, too, may be left: at most two letters at each end.
+		for _, encoding := range []*base64.Encoding{base64.StdEncoding, base64.RawURLEncoding} {
+			whole := encoding.EncodeToString([]byte(before + secret + after))
+			shown := m.text(whole)
+			require.Contains(t, shown, masked, whole)
+			rest := strings.Replace(shown, masked, "", 1)
+			most := len(encoding.EncodeToString([]byte(before))) + len(encoding.EncodeToString([]byte(after))) + 4
+			require.LessOrEqual(t, len(rest), most, "%s shows %s", whole, shown)
+		}
 	})
 }
