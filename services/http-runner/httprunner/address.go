@@ -46,7 +46,59 @@ var holes = []hole{
 var (
 	globalUnicast6 = netip.MustParsePrefix("2000::/3")
 	nat64          = netip.MustParsePrefix("64:ff9b::/96")
+	nat64Local     = netip.MustParsePrefix("64:ff9b:1::/48")
+	sixToFour      = netip.MustParsePrefix("2002::/16")
+	teredo         = netip.MustParsePrefix("2001::/32")
+	compatible4    = netip.MustParsePrefix("::/96")
+	translated4    = netip.MustParsePrefix("::ffff:0:0:0/96")
 )
+
+// metadataRanges are the addresses at which machines find their own credentials and neighbours.
+var metadataRanges = []netip.Prefix{
+	netip.MustParsePrefix("169.254.0.0/16"),
+	netip.MustParsePrefix("fe80::/10"),
+	netip.MustParsePrefix("168.63.129.16/32"),   // Azure's host
+	netip.MustParsePrefix("100.100.100.200/32"), // Alibaba
+	netip.MustParsePrefix("192.0.0.192/32"),     // Oracle
+	netip.MustParsePrefix("fd00:ec2::/32"),      // AWS over IPv6
+	netip.MustParsePrefix("fd20:ce::254/128"),   // Google over IPv6
+	netip.MustParsePrefix("fd00:42::42/128"),    // Scaleway
+}
+
+// embedded gives the IPv4 addresses that an IPv6 address may lead to.
+func embedded(addr netip.Addr) []netip.Addr {
+	b := addr.As16()
+	last := netip.AddrFrom4([4]byte(b[12:]))
+	switch {
+	case !addr.Is6():
+		return nil
+	case addr.Is4In6():
+		return []netip.Addr{addr.Unmap()}
+	case nat64.Contains(addr), compatible4.Contains(addr), translated4.Contains(addr):
+		return []netip.Addr{last}
+	case nat64Local.Contains(addr):
+		// RFC 6052 puts the address at one of these places, by the length of the network's own prefix.
+		return []netip.Addr{
+			netip.AddrFrom4([4]byte{b[6], b[7], b[9], b[10]}), netip.AddrFrom4([4]byte{b[7], b[9], b[10], b[11]}),
+			netip.AddrFrom4([4]byte(b[9:13])), last,
+		}
+	case sixToFour.Contains(addr):
+		return []netip.Addr{netip.AddrFrom4([4]byte(b[2:6]))}
+	case teredo.Contains(addr):
+		return []netip.Addr{netip.AddrFrom4([4]byte{^b[12], ^b[13], ^b[14], ^b[15]})}
+	}
+	return nil
+}
+
+// metadataAddress says whether an address is link-local or that of a metadata service, written
+// plainly or inside an IPv6 address.
+func metadataAddress(addr netip.Addr) bool {
+	if !addr.IsValid() {
+		return false
+	}
+	plain := addr.WithZone("")
+	return slices.ContainsFunc(metadataRanges, func(p netip.Prefix) bool { return p.Contains(plain) }) || slices.ContainsFunc(embedded(plain), metadataAddress)
+}
 
 // privateAddress says what keeps an address from being a public one, "" for a public one.
 // IPv4 addresses inside IPv6 ones count as what they are; the forms of IPv6 that can hide a

@@ -68,9 +68,7 @@ func (c *call) secret(variable string) (string, *fault.Error) {
 // hide makes a value unreadable in all that is said of the call.
 func (c *call) hide(value string) {
 	c.sink.Secret(value)
-	if len(value) >= 4 {
-		c.secrets = append(c.secrets, value)
-	}
+	c.secrets = append(c.secrets, runner.SecretForms(value)...)
 }
 
 // setSecretHeader sets a header from a secret; an error names the variable, never the value.
@@ -216,8 +214,12 @@ func (c *call) oauth2(ctx context.Context, req *http.Request, a *AuthConfig) (re
 }
 
 func (c *call) fetchToken(ctx context.Context, config *clientcredentials.Config, u *url.URL) (*oauth2.Token, *fault.Error) {
+	pool, ferr := c.transport()
+	if ferr != nil {
+		return nil, ferr
+	}
 	client := &http.Client{
-		Transport: c.runner.transport(c.plan.policy.allowPrivate),
+		Transport: pool,
 		// The client's secret goes to the token_url and nowhere else.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
@@ -234,7 +236,7 @@ func (c *call) fetchToken(ctx context.Context, config *clientcredentials.Config,
 		return nil, c.classify(ctx, err, http.MethodPost, u)
 	}
 	status := refused.Response.StatusCode
-	ferr := fault.Wrap(err, fault.RemoteError, "%s refused to issue a token with status %d: %s", withoutSecrets(u), status, c.excerpt(refused.Body))
+	ferr = fault.Wrap(err, fault.RemoteError, "%s refused to issue a token with status %d: %s", withoutSecrets(u), status, c.excerpt(refused.Body))
 	ferr.Retryable = status == http.StatusTooManyRequests || status >= 500
 	ferr.RetryAfter = retryAfter(refused.Response.Header, c.runner.now())
 	return nil, ferr

@@ -3,6 +3,7 @@ package httprunner
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -40,6 +41,8 @@ type call struct {
 	// token is the OAuth token in use, refused the one that the target did not take.
 	token, refused string
 	secrets        []string
+	// pool is where connections come from; nil until the first.
+	pool *http.Transport
 
 	status        int   // of the last answer, 0 for none
 	requestBytes  int64 // of the last request's body
@@ -157,6 +160,8 @@ func (c *call) checkSize(m *message) *fault.Error {
 	if size := int64(len(m.body) + len(m.url.RawQuery)); size > most {
 		return c.checks.Deny("max_request_size", strconv.FormatInt(size, 10)+" bytes",
 			fmt.Sprintf("at most %d bytes of body and query string may be sent; raise max_request_size (%d at most) or send less", most, maxRequestBytes))
+	} else if size > 0 {
+		c.checks.Allow("max_request_size", strconv.FormatInt(size, 10)+" bytes")
 	}
 	if size := len(m.url.RequestURI()); size > maxURLBytes {
 		return fault.New(fault.Validation, "the URL is %d bytes long; at most %d are sent. Set body: json to send the input as the body", size, maxURLBytes)
@@ -171,6 +176,9 @@ func (b base) join(path string) (*url.URL, *fault.Error) {
 	}
 	u := *b.url
 	raw := strings.TrimSuffix(u.EscapedPath(), "/") + escapeLiteral(path)
+	if strings.HasPrefix(raw, "//") { // some servers and caches take what follows for a host
+		return nil, fault.New(fault.Validation, "path: begins with two slashes, which is read as a host by some")
+	}
 	if raw == "" {
 		raw = "/"
 	}
@@ -243,10 +251,14 @@ func (c *call) exchange(ctx context.Context, m *message) (res *http.Response, re
 		propagation.TraceContext{}.Inject(ctx, propagation.HeaderCarrier(req.Header))
 	}
 	c.setIdempotencyKey(req)
+	pool, ferr := c.transport()
+	if ferr != nil {
+		return nil, false, ferr
+	}
 	c.meter.begin()
 	c.requestBytes = int64(len(m.body))
 	start := time.Now()
-	res, err := c.runner.transport(c.plan.policy.allowPrivate).RoundTrip(req.WithContext(c.meter.trace(ctx)))
+	res, err := pool.RoundTrip(req.WithContext(c.meter.trace(ctx)))
 	c.noteConnections()
 	if err != nil {
 		ferr := c.classify(ctx, err, m.method, m.url)
@@ -255,6 +267,9 @@ func (c *call) exchange(ctx context.Context, m *message) (res *http.Response, re
 		}
 		return nil, false, ferr
 	}
+	if res.TLS != nil {
+		c.checks.Allow("tls", m.target.host+" by "+tls.VersionName(res.TLS.Version))
+	}
 	c.status, c.responseBytes = res.StatusCode, -1
 	c.outcome = healthy
 	if res.StatusCode >= 500 {
@@ -262,6 +277,29 @@ func (c *call) exchange(ctx context.Context, m *message) (res *http.Response, re
 	}
 	c.sink.Log("runner", fmt.Sprintf("%s %s: %d in %d ms", m.method, withoutSecrets(m.url), res.StatusCode, time.Since(start).Milliseconds()))
 	return res, reused, nil
+}
+
+// transport gives the pool of the call: that of the service's own CAs where it names them.
+func (c *call) transport() (*http.Transport, *fault.Error) {
+	if c.pool != nil {
+		return c.pool, nil
+	}
+	allowPrivate, name := c.plan.policy.allowPrivate, c.plan.config.CAEnvVar
+	if name == "" {
+		c.pool = c.runner.transport(allowPrivate)
+		return c.pool, nil
+	}
+	if err := c.plan.policy.checkEnvVar(c.checks, name); err != nil {
+		return nil, err
+	}
+	pem, err := runner.ResolveSecret(nil, name) // certificates are no secret: masked, they would hide their lines everywhere
+	if err != nil {
+		return nil, fault.From(err)
+	}
+	if c.pool = c.runner.own.of(allowPrivate, pem, &c.runner.options); c.pool == nil {
+		return nil, fault.New(fault.Validation, "the environment variable %s of ca_env_var holds no certificate; put the CA's certificate into it, in PEM form", name)
+	}
+	return c.pool, nil
 }
 
 // setIdempotencyKey sets the header of the job's key, unless the configuration has one.
@@ -317,6 +355,7 @@ func (c *call) redirect(m *message, res *http.Response) (*message, *fault.Error)
 		return nil, fault.New(fault.RemoteError, "%s redirects to a URL that cannot be called: %s", from, ferr.Message)
 	}
 	if m.target.scheme == "https" && t.scheme == "http" {
+		_ = c.checks.Deny("tls", t.origin(), from+" redirects from https to http") // the target's fault, not the service's
 		return nil, fault.New(fault.RemoteError, "%s redirects from https to http at %s, which is not followed", from, t.host)
 	}
 	next := &message{method: m.method, url: u, target: t, header: m.header.Clone(), body: m.body, foreign: m.foreign || t.origin() != m.target.origin()}
@@ -373,6 +412,7 @@ func (c *call) finish(ctx context.Context, m *message, res *http.Response) (json
 		return nil, c.tooLarge(m, fmt.Sprintf("more than %d bytes", most))
 	}
 	c.responseBytes = int64(len(body))
+	c.checks.Allow("max_response_size", strconv.Itoa(len(body))+" bytes")
 	return outputOf(res, body)
 }
 

@@ -7,6 +7,7 @@ type Config struct {
 	BaseURL     string            `json:"base_url,omitempty" jsonschema:"description=Absolute http or https URL that the operations' paths are added to. Without it SPECQL_<NAME>_BASE_URL of the runner's environment is taken"`
 	AuthType    string            `json:"auth_type,omitempty" jsonschema:"description=How calls prove who they are; none by default,enum=none,enum=bearer,enum=basic,enum=api_key,enum=oauth2_client_credentials,enum=aws_sigv4"`
 	AuthConfig  *AuthConfig       `json:"auth_config,omitempty" jsonschema:"description=What the auth_type needs. Keys that end in _env_var name variables of the runner's environment"`
+	CAEnvVar    string            `json:"ca_env_var,omitempty" jsonschema:"description=The variable of the runner's environment that holds the certificates (PEM) of the CAs that are trusted for this service; they take the place of the system's"`
 	Headers     map[string]Scalar `json:"headers,omitempty" jsonschema:"description=Headers of every request. {field} is filled from the input"`
 	Timeout     float64           `json:"timeout,omitempty" jsonschema:"description=Longest time of one attempt in seconds,exclusiveMinimum=0"`
 	RetryConfig *RetryConfig      `json:"retry_config,omitempty" jsonschema:"description=Defaults of the operations' retries"`

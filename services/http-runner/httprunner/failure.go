@@ -42,6 +42,9 @@ func (c *call) classify(ctx context.Context, err error, method string, u *url.UR
 		if address.never {
 			return c.checks.Deny("allow_private_networks", subject, address.Error()+", which no policy allows")
 		}
+		if address.byName {
+			return c.checks.Deny("allow_private_networks", subject, address.Error()+", to which no name may lead; where it is meant, write the address itself into the URL and into allowed_domains")
+		}
 		return c.checks.Deny("allow_private_networks", subject, fmt.Sprintf(
 			"%s; if the service is meant to be reached there, set allow_private_networks: true in %s", address.Error(), c.plan.policy.privateBy))
 	}
@@ -61,6 +64,7 @@ func (c *call) classify(ctx context.Context, err error, method string, u *url.UR
 	)
 	switch {
 	case errors.As(err, &verification), errors.As(err, &authority), errors.As(err, &hostname), errors.As(err, &invalid):
+		_ = c.checks.Deny("tls", u.Host, "the certificate is not trusted: "+excerpt([]byte(innermost(err)))) // the error stays the target's
 		return remote("the certificate is not trusted: " + excerpt([]byte(innermost(err))))
 	case errors.As(err, &record):
 		return remote("the target does not speak TLS here; is the port right, or is it an http URL?")
@@ -89,6 +93,7 @@ func malformed(err error) bool {
 	return slices.ContainsFunc([]string{
 		"malformed HTTP", "multiple Content-Length", "malformed MIME", "server response headers exceeded", "unsupported transfer encoding", "bad Content-Length",
 		"http2: server sent GOAWAY", "too many transfer encodings", "invalid header", "malformed chunked", "invalid byte in chunk length",
+		"too many 1xx", "suspiciously long trailer", "chunked encoding", "chunked line", "header list too long", "invalid URL host", "unexpected trailer",
 	}, func(s string) bool { return strings.Contains(text, s) })
 }
 
@@ -107,6 +112,8 @@ func innermost(err error) string {
 // excerpt is [excerpt] of a text that may hold the call's secrets. The kit masks what leaves the
 // runner, but could not recognise a secret that was cut in two.
 func (c *call) excerpt(body []byte) string {
+	// The longest first: a secret may begin with another one.
+	slices.SortFunc(c.secrets, func(a, b string) int { return len(b) - len(a) })
 	for _, s := range c.secrets {
 		body = bytes.ReplaceAll(body, []byte(s), []byte("***"))
 	}
@@ -123,7 +130,7 @@ func excerpt(body []byte) string {
 		switch {
 		case c == '\n', c == '\r', c == '\t':
 			return ' '
-		case c < ' ', c == 0x7f, c >= 0x80 && c < 0xa0:
+		case c < ' ', c == 0x7f, c >= 0x80 && c < 0xa0, c >= 0x202a && c <= 0x202e, c >= 0x2066 && c <= 0x2069: // controls, and what turns the direction of text
 			return -1
 		}
 		return c

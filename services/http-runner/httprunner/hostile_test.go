@@ -74,16 +74,16 @@ func TestPrivateAddresses(t *testing.T) {
 		"fec0::1", "ff02::1", "100::1", "5f00::1", "3fff::1", "::ffff:0:127.0.0.1",
 	} {
 		require.NotEmpty(t, privateAddress(netip.MustParseAddr(a)), a)
-		require.Error(t, checkAddress(netip.AddrPortFrom(netip.MustParseAddr(a), 80).String(), false), a)
+		require.Error(t, checkAddress(netip.AddrPortFrom(netip.MustParseAddr(a), 80).String(), false, true), a)
 	}
 	for _, a := range []string{"8.8.8.8", "1.1.1.1", "172.15.0.1", "172.32.0.1", "100.63.255.255", "100.128.0.1", "2606:4700::1111", "2a00:1450::1", "64:ff9b::808:808", "::ffff:8.8.8.8"} {
 		require.Empty(t, privateAddress(netip.MustParseAddr(a)), a)
-		require.NoError(t, checkAddress(netip.AddrPortFrom(netip.MustParseAddr(a), 80).String(), false), a)
+		require.NoError(t, checkAddress(netip.AddrPortFrom(netip.MustParseAddr(a), 80).String(), false, false), a)
 	}
 	require.NotEmpty(t, privateAddress(netip.Addr{}))
-	require.Error(t, checkAddress("not an address", true))
-	require.Error(t, checkAddress("239.1.1.1:80", true))
-	require.NoError(t, checkAddress("127.0.0.1:80", true))
+	require.Error(t, checkAddress("not an address", true, true))
+	require.Error(t, checkAddress("239.1.1.1:80", true, true))
+	require.NoError(t, checkAddress("127.0.0.1:80", true, false))
 }
 
 // TestPrivateTargets calls the same server under every spelling of its address.
@@ -428,7 +428,7 @@ func TestRedirects(t *testing.T) {
 		// The first hop is "public" for the test: its transport lets every address pass.
 		r := newRunner(t, Options{})
 		r.public.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-			if err := checkAddress(address, strings.HasSuffix(address, ":"+strconv.Itoa(portOf(t, rec)))); err != nil {
+			if err := checkAddress(address, strings.HasSuffix(address, ":"+strconv.Itoa(portOf(t, rec))), true); err != nil {
 				return nil, err
 			}
 			return (&net.Dialer{}).DialContext(ctx, network, address)

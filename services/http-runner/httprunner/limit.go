@@ -111,6 +111,22 @@ func (w *window) keep(p promise) {
 	w.promised = slices.Insert(w.promised, i, p)
 }
 
+// giveBack frees the slot that was taken last, if that was at the time given. The slot of then is
+// the oldest again, and a minute old.
+func (w *window) giveBack(at time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if n := len(w.times); n < w.most {
+		if n > 0 && w.times[n-1].Equal(at) {
+			w.times = w.times[:n-1]
+		}
+		return
+	}
+	if last := (w.next + w.most - 1) % w.most; w.times[last].Equal(at) {
+		w.times[last], w.next = at.Add(-time.Minute), last
+	}
+}
+
 // giveUp takes back what a job was promised.
 func (w *window) giveUp(job string) {
 	w.mu.Lock()
@@ -121,8 +137,9 @@ func (w *window) giveUp(job string) {
 }
 
 type windowKey struct {
-	service string
-	most    int
+	// service, or for the operator's limit the origin: a service may be called by any name.
+	service, origin string
+	most            int
 }
 
 type breakerKey struct {
@@ -164,33 +181,56 @@ func (r *Runner) admit(ctx context.Context, job *runner.Job, p *plan) (done func
 		}
 		done = func(o outcome) { tell(b, o) }
 	}
-	if n := p.policy.ratePerMinute; n > 0 {
-		key := windowKey{service, n}
-		w := r.windows.getOrMake(key, func() *window { return &window{most: n} })
-		wait, err := r.pace(ctx, w, job.ID)
-		if err != nil {
-			done(unknown)
-			return nil, err
-		}
-		if wait > 0 {
-			done(unknown)
-			err := fault.New(fault.RateLimited, "rate_limit_per_minute: %s may be called %d times a minute; the next call may go out in %s",
-				service, n, wait.Round(time.Millisecond))
-			err.RetryAfter = wait
-			return nil, err
-		}
+	if refused := r.admitRate(ctx, job, p); refused != nil {
+		done(unknown)
+		return nil, refused
 	}
 	return done, nil
 }
 
-// pace takes a slot of the window. It waits where that takes no longer than waitHere, else it
-// gives the wait.
-func (r *Runner) pace(ctx context.Context, w *window, job string) (time.Duration, *fault.Error) {
+// admitRate takes a slot of each limit, of both or of none.
+func (r *Runner) admitRate(ctx context.Context, job *runner.Job, p *plan) *fault.Error {
+	origin := p.base.target.origin()
+	var first *window
+	var taken time.Time
+	for _, limit := range []struct {
+		key         windowKey
+		what, whose string
+	}{
+		{windowKey{service: job.Service.Name, most: p.policy.ratePerMinute}, job.Service.Name, registryName},
+		{windowKey{origin: origin, most: p.policy.ceilingPerMinute}, origin, ceilingName},
+	} {
+		n := limit.key.most
+		if n <= 0 {
+			continue
+		}
+		w := r.windows.getOrMake(limit.key, func() *window { return &window{most: n} })
+		wait, at, err := r.pace(ctx, w, job.ID)
+		if err == nil && wait > 0 {
+			err = fault.New(fault.RateLimited, "rate_limit_per_minute of %s: %s may be called %d times a minute; the next call may go out in %s",
+				limit.whose, limit.what, n, wait.Round(time.Millisecond))
+			err.RetryAfter = wait
+		}
+		if err != nil {
+			if first != nil {
+				first.giveBack(taken)
+			}
+			return err
+		}
+		first, taken = w, at
+	}
+	return nil
+}
+
+// pace takes a slot of the window and gives its time. It waits where that takes no longer than
+// waitHere, else it gives the wait.
+func (r *Runner) pace(ctx context.Context, w *window, job string) (wait time.Duration, at time.Time, err *fault.Error) {
 	for range 3 {
-		wait := w.take(job, r.now())
+		at = r.now()
+		wait = w.take(job, at)
 		deadline, limited := ctx.Deadline()
 		if wait <= 0 || wait > waitHere || limited && time.Until(deadline) <= wait {
-			return wait, nil
+			return wait, at, nil
 		}
 		t := time.NewTimer(wait)
 		select {
@@ -198,10 +238,11 @@ func (r *Runner) pace(ctx context.Context, w *window, job string) (time.Duration
 		case <-ctx.Done():
 			t.Stop()
 			w.giveUp(job)
-			return 0, fault.From(context.Cause(ctx))
+			return 0, at, fault.From(context.Cause(ctx))
 		}
 	}
-	return w.take(job, r.now()), nil
+	at = r.now()
+	return w.take(job, at), at, nil
 }
 
 // outcome is what a call tells about the health of its target.

@@ -201,11 +201,11 @@ func TestRateLimitWaitsInPlaceWhereItIsShort(t *testing.T) {
 	full := func() *window {
 		return &window{most: 1, times: []time.Time{time.Now().Add(50*time.Millisecond - time.Minute)}}
 	}
-	r.windows.getOrMake(windowKey{"svc", 1}, full)
+	r.windows.getOrMake(windowKey{service: "svc", most: 1}, full)
 	a.ok(t, r)
 
 	a.name = "cancelled"
-	w := r.windows.getOrMake(windowKey{a.name, 1}, func() *window {
+	w := r.windows.getOrMake(windowKey{service: a.name, most: 1}, func() *window {
 		return &window{most: 1, times: []time.Time{time.Now().Add(waitHere - time.Minute)}}
 	})
 	ctx, cancel := context.WithCancelCause(t.Context())

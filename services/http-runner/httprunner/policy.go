@@ -26,7 +26,8 @@ type effective struct {
 	privateBy        string
 	maxRequest       int64
 	maxResponse      int64
-	ratePerMinute    int
+	ratePerMinute    int // of the service, by its own policy
+	ceilingPerMinute int // of the origin, by the operator's
 	breakerThreshold int // 0: no breaker
 	breakerRecovery  time.Duration
 }
@@ -97,9 +98,7 @@ func narrow(p, ceiling *Policy) *effective {
 	if ceiling.MaxResponseSize > 0 {
 		e.maxResponse = min(e.maxResponse, ceiling.MaxResponseSize)
 	}
-	if c := ceiling.RateLimitPerMinute; c > 0 && (e.ratePerMinute == 0 || c < e.ratePerMinute) {
-		e.ratePerMinute = c
-	}
+	e.ceilingPerMinute = ceiling.RateLimitPerMinute
 	e.breaker(ceiling.CircuitBreaker)
 	return e
 }
@@ -234,7 +233,19 @@ func normalHost(host string) (string, *fault.Error) {
 	if addr, err := netip.ParseAddr(ascii); err == nil { // full-width digits and the like
 		return addr.Unmap().String(), nil
 	}
+	if numeric(ascii[strings.LastIndexByte(ascii, '.')+1:]) {
+		return "", fault.New(fault.Validation, "%q is an IPv4 address in a form that resolvers read in different ways; write four decimal numbers, such as 192.0.2.1", clip(host))
+	}
 	return ascii, nil
+}
+
+// numeric says whether the last label of a host makes it an IPv4 address to some resolvers:
+// 2130706433, 0x7f.1, 0177.0.0.1, 127.1. No name ends so.
+func numeric(label string) bool {
+	if digits, ok := strings.CutPrefix(label, "0x"); ok {
+		return strings.Trim(digits, "0123456789abcdef") == ""
+	}
+	return strings.Trim(label, "0123456789") == ""
 }
 
 // normalDomain is [normalHost] for an entry of allowed_domains.
@@ -270,8 +281,11 @@ func domainMatches(entry, host string) bool {
 // itself names, which is allowed where the registry lists no domains.
 func (e *effective) check(checks *runner.Checks, t target, own string) *fault.Error {
 	port := strconv.Itoa(t.port)
+	addr, _ := netip.ParseAddr(t.host)
 	for _, r := range e.rules {
 		switch {
+		case e.allowPrivate && r.domains == nil && metadataAddress(addr):
+			return checks.Deny("allowed_domains", t.host, fmt.Sprintf("it is a link-local or metadata address; where it is meant, list it in allowed_domains of %s", r.name))
 		case r.ownHost && t.host != own:
 			return checks.Deny("allowed_domains", t.host, fmt.Sprintf("without allowed_domains only the service's own host %s may be called; list both in %s.allowed_domains", own, r.name))
 		case r.domains != nil && !slices.ContainsFunc(r.domains, func(d string) bool { return domainMatches(d, t.host) }):

@@ -2,7 +2,9 @@ package httprunner
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"net"
 	"net/http"
@@ -28,34 +30,41 @@ type addressError struct {
 	address string
 	what    string
 	never   bool // no policy allows it
+	byName  bool // allowed only where the URL names the address itself
 }
 
 func (e *addressError) Error() string { return fmt.Sprintf("%s is a %s address", e.address, e.what) }
 
+// literal is the key of a context in which an address is dialled that the URL itself names.
+type literal struct{}
+
 // newTransport makes a connection pool. All that is checked when connecting depends on
-// allowPrivate alone, so that the connections of a pool may be shared by all services whose
-// policies agree on it.
-func newTransport(allowPrivate bool, o *Options) *http.Transport {
+// allowPrivate and roots alone, so that the connections of a pool may be shared by all services
+// whose policies agree on them.
+func newTransport(allowPrivate bool, roots *x509.CertPool, o *Options) *http.Transport {
 	dialer := &net.Dialer{
 		Timeout:   dialTimeout,
 		KeepAlive: keepAlivePeriod,
 		Resolver:  o.Resolver,
 		// The address is checked here, after the name was resolved and on what is connected to:
 		// a name that resolves to another address the next time does not pass.
-		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
-			return checkAddress(address, allowPrivate)
+		ControlContext: func(ctx context.Context, _, address string, _ syscall.RawConn) error {
+			return checkAddress(address, allowPrivate, ctx.Value(literal{}) != nil)
 		},
 	}
 	return &http.Transport{
 		Proxy: nil, // a proxy of the environment would connect in our place, unchecked
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			if _, err := netip.ParseAddrPort(address); err == nil {
+				ctx = context.WithValue(ctx, literal{}, true)
+			}
 			c, err := dialer.DialContext(ctx, network, address)
 			if err != nil {
 				return nil, err // classified by the caller
 			}
 			return &countedConn{Conn: c}, nil
 		},
-		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: o.RootCAs},
+		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots},
 		TLSHandshakeTimeout:    dialTimeout,
 		ForceAttemptHTTP2:      true,
 		MaxIdleConns:           maxIdleConns,
@@ -65,7 +74,9 @@ func newTransport(allowPrivate bool, o *Options) *http.Transport {
 	}
 }
 
-func checkAddress(address string, allowPrivate bool) error {
+// checkAddress says whether an address may be connected to. named says that the URL names the
+// address itself, which [effective.check] has looked at.
+func checkAddress(address string, allowPrivate, named bool) error {
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return &addressError{address: address, what: "malformed", never: true}
@@ -74,12 +85,64 @@ func checkAddress(address string, allowPrivate bool) error {
 		return &addressError{address: address, what: what, never: true}
 	}
 	if allowPrivate {
+		if !named && metadataAddress(ap.Addr()) {
+			return &addressError{address: address, what: "link-local or metadata", byName: true}
+		}
 		return nil
 	}
 	if what := privateAddress(ap.Addr()); what != "" {
 		return &addressError{address: address, what: what}
 	}
 	return nil
+}
+
+// maxPools bounds the pools of services with CAs of their own.
+const maxPools = 64
+
+// pools are the connection pools of services that name the CAs that they trust.
+type pools struct {
+	mu      sync.Mutex
+	entries map[poolKey]*http.Transport
+}
+
+type poolKey struct {
+	allowPrivate bool
+	roots        [sha256.Size]byte
+}
+
+// of gives the pool of the CAs in a PEM text, nil where the text holds no certificate.
+func (p *pools) of(allowPrivate bool, pem string, o *Options) *http.Transport {
+	key := poolKey{allowPrivate, sha256.Sum256([]byte(pem))}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if t, ok := p.entries[key]; ok {
+		return t
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM([]byte(pem)) {
+		return nil
+	}
+	if p.entries == nil {
+		p.entries = map[poolKey]*http.Transport{}
+	}
+	if len(p.entries) >= maxPools {
+		for other, t := range p.entries {
+			t.CloseIdleConnections()
+			delete(p.entries, other)
+			break
+		}
+	}
+	t := newTransport(allowPrivate, roots, o)
+	p.entries[key] = t
+	return t
+}
+
+func (p *pools) closeIdle() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, t := range p.entries {
+		t.CloseIdleConnections()
+	}
 }
 
 // traffic counts the bytes of one attempt on the wire, TLS and headers included.

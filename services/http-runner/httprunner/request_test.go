@@ -201,7 +201,7 @@ func TestSecurityContext(t *testing.T) {
 		require.True(t, c.GetAllowed())
 		checks = append(checks, c.GetRule()+" "+c.GetSubject())
 	}
-	require.Empty(t, cmp.Diff([]string{"allowed_domains " + host, "allow_private_networks " + host + ":" + port}, checks))
+	require.Empty(t, cmp.Diff([]string{"max_request_size 2 bytes", "allowed_domains " + host, "allow_private_networks " + host + ":" + port, "max_response_size 2 bytes"}, checks))
 
 	a.policy = object{"allowed_domains": []string{host}}
 	s2 := a.run(t.Context(), t, r).Security

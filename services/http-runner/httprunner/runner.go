@@ -41,18 +41,26 @@ type Options struct {
 	Resolver *net.Resolver
 	// RootCAs that targets' certificates are checked against; the system's by default.
 	RootCAs *x509.CertPool
+	// Isolation is what holds the process itself, in addition to the checks of each call.
+	Isolation []runner.Feature
 }
 
 // Runner carries out HTTP calls. It implements [runner.JobRunner]; use [New] to make one.
 type Runner struct {
 	options     Options
 	description *runner.Description
-	now         func() time.Time
+	// isolation names the features in force.
+	isolation []string
+	now       func() time.Time
 	// public and private are the pools for policies without and with allow_private_networks.
 	public, private *http.Transport
+	// own are those of services that name the CAs that they trust.
+	own pools
 
-	plans    *cache[planKey, *plan]
-	windows  *cache[windowKey, *window]
+	plans   *cache[planKey, *plan]
+	windows *cache[windowKey, *window]
+	// ceilings are the windows of the operator's limit; no number of services pushes them out.
+	ceilings *cache[windowKey, *window]
 	breakers *cache[breakerKey, breaker]
 	tokens   *cache[tokenKey, *tokenSource]
 }
@@ -75,11 +83,12 @@ func New(o Options) (*Runner, error) {
 	r := &Runner{
 		options: o,
 		now:     time.Now,
-		public:  newTransport(false, &o),
-		private: newTransport(true, &o),
+		public:  newTransport(false, o.RootCAs, &o),
+		private: newTransport(true, o.RootCAs, &o),
 		plans:   newCache[planKey, *plan](maxPlans),
 
 		windows:  newCache[windowKey, *window](maxStates),
+		ceilings: newCache[windowKey, *window](maxStates),
 		breakers: newCache[breakerKey, breaker](maxStates),
 		tokens:   newCache[tokenKey, *tokenSource](maxStates),
 	}
@@ -92,10 +101,16 @@ func New(o Options) (*Runner, error) {
 			OperationSchema:   runner.SchemaOf[Operation](),
 			DefaultMaxRetries: defaultMaxRetries,
 		}},
-		Isolation: []runner.Feature{
+		Isolation: append([]runner.Feature{
 			{Name: "domain_check", Available: true},
 			{Name: "address_check", Available: true},
-		},
+			{Name: "tls_check", Available: true},
+		}, o.Isolation...),
+	}
+	for _, f := range r.description.Isolation {
+		if f.Available {
+			r.isolation = append(r.isolation, f.Name)
+		}
 	}
 	return r, nil
 }
@@ -104,6 +119,7 @@ func New(o Options) (*Runner, error) {
 func (r *Runner) Close() error {
 	r.public.CloseIdleConnections()
 	r.private.CloseIdleConnections()
+	r.own.closeIdle()
 	return nil
 }
 
@@ -132,6 +148,8 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 	digest := ""
 	if p, err := r.planFor(&job.Service, &job.Operation); err != nil {
 		result.Err = err
+		policy := runner.Lenient[Policy](job.Service.Policy)
+		digest = digestOf(normalPolicy(&policy), normalPolicy(r.options.Ceiling))
 	} else {
 		c.plan, digest = p, p.policy.digest
 		if done, err := r.admit(ctx, job, p); err != nil {
@@ -148,7 +166,7 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 	}
 	result.Usage = c.usage()
 	result.Usage.DurationSeconds = new(time.Since(start).Seconds())
-	result.Security = c.checks.Context(digest, "domain_check", "address_check")
+	result.Security = c.checks.Context(digest, r.isolation...)
 	return result, nil
 }
 

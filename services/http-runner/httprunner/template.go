@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/specql/mesh/pkg/fault"
@@ -150,7 +151,7 @@ func pathEscaper(strict bool) func(part, string) (string, *fault.Error) {
 		}
 		segments := strings.FieldsFunc(value, func(r rune) bool { return r == '/' || r == '\\' })
 		for _, s := range segments {
-			if s == "." || s == ".." {
+			if upOrHere(s) {
 				return "", fault.New(fault.Validation, "input.%s holds a %q segment, which must not fill {%s} in the path", p.field, s, p.field)
 			}
 		}
@@ -194,11 +195,17 @@ func dotSegments(path string) bool {
 		if err != nil {
 			plain = s
 		}
-		if plain == "." || plain == ".." {
+		if slices.ContainsFunc(strings.Split(plain, `\`), upOrHere) {
 			return true
 		}
 	}
 	return false
+}
+
+// upOrHere says whether a segment is . or .., alone or before a ; as some servers read it.
+func upOrHere(segment string) bool {
+	name, _, _ := strings.Cut(segment, ";")
+	return name == "." || name == ".."
 }
 
 // values gives what a query or header template stands for: nothing for a template that is

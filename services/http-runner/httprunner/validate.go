@@ -100,6 +100,9 @@ func (p *problems) checkConfig(service string, c *Config) {
 	}
 	p.checkHeaders("runner_config.headers", c.Headers, c)
 	p.checkAuth(c)
+	if c.CAEnvVar != "" && !envName.MatchString(c.CAEnvVar) {
+		p.add("runner_config.ca_env_var", "write the variable's name, such as INTERNAL_CA", "must name an environment variable, not hold a value")
+	}
 	if c.RetryConfig != nil {
 		p.checkStatuses("runner_config.retry_config.retry_status_codes", c.RetryConfig.RetryStatusCodes)
 	}
@@ -140,7 +143,8 @@ var ownHeaders = []string{
 }
 
 func (p *problems) checkHeaderName(path, name string) bool {
-	canonical := textproto.CanonicalMIMEHeaderKey(name)
+	// Gateways such as CGI read an underscore as a hyphen.
+	canonical := textproto.CanonicalMIMEHeaderKey(strings.ReplaceAll(name, "_", "-"))
 	switch {
 	case !httpguts.ValidHeaderFieldName(name):
 		p.add(path, "use letters, digits and hyphens", "%q is not a header name", clip(name))
@@ -377,6 +381,11 @@ func (p *problems) checkReach(c *Config, e *effective) {
 	warn("runner_config.base_url", c.BaseURL)
 	if c.AuthType == authOAuth2 && c.AuthConfig != nil {
 		warn(authPath+".token_url", c.AuthConfig.TokenURL)
+	}
+	if c.CAEnvVar != "" {
+		if ferr := e.checkEnvVar(&runner.Checks{}, c.CAEnvVar); ferr != nil {
+			p.warn("runner_config.ca_env_var", "", "every call would be refused: %s", ferr.Message)
+		}
 	}
 	set := authValues(c.AuthConfig)
 	for _, key := range slices.Sorted(maps.Keys(set)) {
