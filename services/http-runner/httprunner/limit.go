@@ -194,17 +194,18 @@ func (r *Runner) admitRate(ctx context.Context, job *runner.Job, p *plan) *fault
 	var first *window
 	var taken time.Time
 	for _, limit := range []struct {
+		windows     *cache[windowKey, *window]
 		key         windowKey
 		what, whose string
 	}{
-		{windowKey{service: job.Service.Name, most: p.policy.ratePerMinute}, job.Service.Name, registryName},
-		{windowKey{origin: origin, most: p.policy.ceilingPerMinute}, origin, ceilingName},
+		{r.windows, windowKey{service: job.Service.Name, most: p.policy.ratePerMinute}, job.Service.Name, registryName},
+		{r.ceilings, windowKey{origin: origin, most: p.policy.ceilingPerMinute}, origin, ceilingName},
 	} {
 		n := limit.key.most
 		if n <= 0 {
 			continue
 		}
-		w := r.windows.getOrMake(limit.key, func() *window { return &window{most: n} })
+		w := limit.windows.getOrMake(limit.key, func() *window { return &window{most: n} })
 		wait, at, err := r.pace(ctx, w, job.ID)
 		if err == nil && wait > 0 {
 			err = fault.New(fault.RateLimited, "rate_limit_per_minute of %s: %s may be called %d times a minute; the next call may go out in %s",
