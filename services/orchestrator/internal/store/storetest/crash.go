@@ -20,6 +20,9 @@ import (
 // database is.
 const crashVariable = "SPECQL_STORETEST_CRASH"
 
+// Crashing reports whether this is the process that is to be killed: it has to make no database.
+func Crashing() bool { return os.Getenv(crashVariable) != "" }
+
 // RunCrash kills a process in the middle of commits, several times on one database, and sees
 // that all that was acknowledged is there. The caller is a test that does nothing else: it
 // runs again, alone, as the process that is killed. open opens the database at a place, which

@@ -33,12 +33,19 @@ func MaxLogLines(n int) Option {
 	return func(s *suite) { s.maxLogLines = n }
 }
 
+// ManyOwners says that several owners work in the database at the same time, and that other clients write to it.
+func ManyOwners() Option {
+	return func(s *suite) { s.manyOwners = true }
+}
+
 // suite is what the tests share.
 type suite struct {
 	open   func(*testing.T) store.Store
 	rawSQL func(*testing.T, store.Store, string) error
 	// maxLogLines is the bound of lines of one run.
 	maxLogLines int
+	// manyOwners is the database of many orchestrators, in contrast to an embedded one.
+	manyOwners bool
 }
 
 // Run tests a database. open makes an empty one for each test; the suite does not close it.
@@ -89,6 +96,19 @@ func Run(t *testing.T, open func(*testing.T) store.Store, options ...Option) {
 		{"ConcurrentEverything", testConcurrentEverything},
 		{"Journal", testJournal},
 		{"Closed", testClosed},
+		{"Heartbeat", testHeartbeat},
+		{"ClaimsOfTheDead", s.testClaimsOfTheDead},
+		{"Release", testRelease},
+		{"RunStates", testRunStates},
+		{"Requests", testRequests},
+		{"ExecutionTypes", testExecutionTypes},
+		{"Maintain", testMaintain},
+		{"Admit", testAdmit},
+		{"FrontDoor", s.testFrontDoor},
+		{"RolledBack", s.testRolledBack},
+		{"ConcurrentAdoption", s.testConcurrentAdoption},
+		{"Listen", s.testListen},
+		{"ListenEnds", testListenEnds},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) { test.run(t, open(t)) })

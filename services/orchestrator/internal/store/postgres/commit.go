@@ -1,0 +1,388 @@
+package postgres
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+)
+
+// commitTries is how often a commit is tried that others were in the way of.
+const commitTries = 5
+
+// Commit implements [store.Store]. All records go to the server in one round trip, the COMMIT with
+// them: a statement that does not change all that it means to change fails, and the rest with it. Then
+// the records are done one by one, to find those that cannot be written. The context counts until
+// the first byte is sent.
+func (s *Store) Commit(ctx context.Context, records []*store.Record) ([]error, error) {
+	if len(records) == 0 {
+		return nil, nil
+	}
+	var results []error
+	rowIDs := map[*store.Record]string{}
+	var err error
+	for range commitTries {
+		clear(rowIDs)
+		err = s.with(ctx, func(bounded context.Context, c *pgx.Conn) error {
+			// From here on the outcome has to be known, whatever the caller's context says.
+			within, cancel := context.WithTimeout(context.WithoutCancel(bounded), s.timeout)
+			defer cancel()
+			results = make([]error, len(records))
+			err := s.commitAtOnce(within, c, records, rowIDs)
+			if err == nil || !s.findLosers(err, records) {
+				return err
+			}
+			clear(rowIDs)
+			return s.commitEach(within, c, records, results, rowIDs)
+		})
+		if e, ok := ofServer(err); !ok || e.Code != codeDeadlock && e.Code != codeSerialize {
+			break
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("commit %d records: %w", len(records), err)
+	}
+	for r, id := range rowIDs {
+		r.InsertRow.ID = id
+	}
+	return results, nil
+}
+
+// findLosers says whether to look for records that cannot be written, after all of them could not. Words that the
+// server does not know are a record's fault only where it names columns of an entity.
+func (s *Store) findLosers(err error, records []*store.Record) bool {
+	if !ofRecord(err) {
+		return false
+	}
+	if e, ok := ofServer(err); ok && e.Code[:2] == "42" {
+		s.forgetTables()
+		return slices.ContainsFunc(records, func(r *store.Record) bool { return r.InsertRow != nil || r.UpdateRow != nil })
+	}
+	return true
+}
+
+// commitAtOnce writes all records, or none.
+func (s *Store) commitAtOnce(ctx context.Context, c *pgx.Conn, records []*store.Record, rowIDs map[*store.Record]string) error {
+	for _, r := range records {
+		if err := check(r); err != nil {
+			return err
+		}
+	}
+	b := &pgx.Batch{}
+	b.Queue("BEGIN")
+	if err := s.queue(ctx, c, b, records, rowIDs); err != nil {
+		return err
+	}
+	committed := false
+	b.Queue("COMMIT").Exec(func(tag pgconn.CommandTag) error {
+		committed = tag.String() == "COMMIT"
+		return nil
+	})
+	err := c.SendBatch(ctx, b).Close()
+	if err == nil && !committed {
+		err = errors.New("the server rolled the transaction back")
+	}
+	if err != nil && !c.IsClosed() && c.PgConn().TxStatus() != 'I' {
+		if _, undo := c.Exec(ctx, "ROLLBACK"); undo != nil {
+			return errors.Join(err, undo)
+		}
+	}
+	return err
+}
+
+// commitEach writes the records one by one, in one transaction, and leaves out those that fail.
+func (s *Store) commitEach(ctx context.Context, c *pgx.Conn, records []*store.Record, results []error, rowIDs map[*store.Record]string) error {
+	tx, err := c.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback(ctx) }() // after a commit it does nothing
+	for i, r := range records {
+		err := check(r)
+		if err == nil {
+			b := &pgx.Batch{}
+			b.Queue("SAVEPOINT record")
+			if err = s.queue(ctx, c, b, records[i:i+1], rowIDs); err == nil {
+				b.Queue("RELEASE SAVEPOINT record")
+				err = c.SendBatch(ctx, b).Close()
+				if err != nil && c.PgConn().TxStatus() == 'E' {
+					if _, undo := tx.Exec(ctx, "ROLLBACK TO SAVEPOINT record"); undo != nil {
+						return errors.Join(err, undo)
+					}
+				}
+			}
+		}
+		if err == nil {
+			continue
+		}
+		delete(rowIDs, r)
+		if !s.findLosers(err, records[i:i+1]) {
+			return err
+		}
+		reason, err := explain(ctx, tx, r, err)
+		if err != nil {
+			return err
+		}
+		results[i] = fmt.Errorf("run %s: %w", r.RunID, reason)
+	}
+	return tx.Commit(ctx)
+}
+
+// check refuses records that mix runs, and ids that are none.
+func check(r *store.Record) error {
+	switch {
+	case r.RunID == "":
+		return invalidf("the record names no run")
+	case r.Create != nil && r.Create.ID != r.RunID:
+		return invalidf("the record creates another run, %s", r.Create.ID)
+	case !isUUID(r.RunID) && r.Create == nil:
+		return invalid(store.ErrNotFound)
+	case !isUUID(r.RunID):
+		return invalidf("%w: the id of a run is a UUID", store.ErrRefused)
+	}
+	for n, jobs := range [][]*store.Job{r.NewJobs, r.ChangedJobs} {
+		for _, j := range jobs {
+			switch {
+			case j.RunID != r.RunID:
+				return invalidf("job %s belongs to another run, %s", j.ID, j.RunID)
+			case !isUUID(j.ID) && n == 0:
+				return invalidf("%w: job %s: the id of a job is a UUID", store.ErrRefused, j.ID)
+			case !isUUID(j.ID):
+				return invalidf("job %s: %w", j.ID, store.ErrNotFound)
+			}
+		}
+	}
+	for _, st := range r.Steps {
+		if st.RunID != r.RunID {
+			return invalidf("step %s belongs to another run, %s", st.StepPath, st.RunID)
+		}
+	}
+	return nil
+}
+
+// queue adds the statements of records: a few for all of them, rows in the order of their ids so that two
+// orchestrators that write the same rows wait for each other rather than deadlock.
+func (s *Store) queue(ctx context.Context, c *pgx.Conn, b *pgx.Batch, records []*store.Record, rowIDs map[*store.Record]string) error {
+	s.queueRuns(b, records)
+	var fresh, full, adopted, changed []*store.Job
+	var steps []*store.Step
+	var signals []taken
+	for _, r := range records {
+		for _, j := range r.NewJobs {
+			switch {
+			case j.Adopted:
+				adopted = append(adopted, j)
+			case atStart(j):
+				fresh = append(fresh, j)
+			default:
+				full = append(full, j)
+			}
+		}
+		changed = append(changed, r.ChangedJobs...)
+		steps = append(steps, r.Steps...)
+		for id, path := range r.TakenSignals {
+			signals = append(signals, taken{id, r.RunID, path})
+		}
+	}
+	queueRows(b, s.sql.insertNewJobs, newJobColumns, fresh, false)
+	queueRows(b, s.sql.insertJobs, fullJobColumns, full, false)
+	queueRows(b, s.sql.adoptJobs, adoptColumns, adopted, true)
+	for _, wave := range waves(changed, func(j *store.Job) string { return j.ID }) {
+		slices.SortFunc(wave, func(a, b *store.Job) int { return cmp.Compare(a.ID, b.ID) })
+		queueRows(b, s.sql.updateJobs, changeJobColumns, wave, true)
+	}
+	for _, wave := range waves(steps, func(st *store.Step) string { return fmt.Sprintf("%s/%s#%d", st.RunID, st.StepPath, st.Generation) }) {
+		queueRows(b, s.sql.upsertSteps, stepColumns, wave, false)
+	}
+	for _, wave := range waves(signals, func(t taken) string { return fmt.Sprint(t.id) }) {
+		slices.SortFunc(wave, func(a, b taken) int { return cmp.Compare(a.id, b.id) })
+		queueRows(b, s.sql.takeSignals, takenColumns, wave, true)
+	}
+	for _, r := range records {
+		if err := s.queueEntity(ctx, c, b, r, rowIDs); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// queueRows adds one statement over rows; counted ones have to change as many.
+func queueRows[T any](b *pgx.Batch, text string, columns []column[T], rows []T, counted bool) {
+	if len(rows) == 0 {
+		return
+	}
+	args := arguments(columns, rows)
+	if counted {
+		args = append(args, len(rows))
+	}
+	b.Queue(text, args...)
+}
+
+// waves splits items so that none of the parts has a key twice; the items of one key stay in their order.
+func waves[T any](items []T, key func(T) string) [][]T {
+	if len(items) < 2 {
+		if len(items) == 0 {
+			return nil
+		}
+		return [][]T{items}
+	}
+	var out [][]T
+	seen := make(map[string]int, len(items))
+	for _, item := range items {
+		k := key(item)
+		n := seen[k]
+		seen[k]++
+		if n == len(out) {
+			out = append(out, nil)
+		}
+		out[n] = append(out[n], item)
+	}
+	return out
+}
+
+// queueRuns adds the fences, with what the records change in their runs. Several records of one run become
+// one change where only one of them says more than its sequence.
+func (s *Store) queueRuns(b *pgx.Batch, records []*store.Record) {
+	var creates []*store.Record
+	var changes []*change
+	last := map[string]*change{}
+	for _, r := range records {
+		if r.Create != nil {
+			creates = append(creates, r)
+			if r.Run == nil {
+				continue
+			}
+		}
+		if r.Run == nil {
+			if l := last[r.RunID]; l != nil && l.record.Epoch == r.Epoch {
+				l.sequence = max(l.sequence, r.Sequence)
+				continue
+			}
+		}
+		c := &change{record: r, sequence: r.Sequence}
+		last[r.RunID] = c
+		changes = append(changes, c)
+	}
+	if len(creates) > 0 {
+		b.Queue(s.sql.createRuns, arguments(runColumns, creates)...)
+	}
+	for _, wave := range waves(changes, func(c *change) string { return c.record.RunID }) {
+		slices.SortFunc(wave, func(a, b *change) int { return cmp.Compare(a.record.RunID, b.record.RunID) })
+		var touched, changed, retried []*change
+		for _, c := range wave {
+			switch {
+			case c.record.Run == nil:
+				touched = append(touched, c)
+			case c.record.Run.Retry:
+				retried = append(retried, c)
+			default:
+				changed = append(changed, c)
+			}
+		}
+		queueRows(b, s.sql.touchRuns, touchColumns, touched, true)
+		queueRows(b, s.sql.changeRuns, changeColumns, changed, true)
+		queueRows(b, s.sql.retryRuns, retryColumns, retried, true)
+		for _, c := range changed {
+			if m := c.record.Run.Admit; m != nil {
+				b.Queue(`UPDATE jobs.tb_workflow_run SET snapshot = $2, entity_id = $3, entity_schema = $4,
+						entity_row = $5::text::jsonb, input_data = $6::text::jsonb WHERE id = $1`,
+					uuidValue(c.record.RunID), nullText(m.Snapshot), nullText(m.EntityID), nullText(m.EntitySchema), nullJSON(m.EntityRow), nullJSON(m.Input))
+			}
+		}
+	}
+}
+
+// explain turns what the server refused in a record into what the interface says of it.
+func explain(ctx context.Context, q pgx.Tx, r *store.Record, err error) (reason, failed error) {
+	if e, ok := errors.AsType[*recordError](err); ok {
+		return e.err, nil
+	}
+	e, ok := ofServer(err)
+	if !ok {
+		return nil, err
+	}
+	if entity := r.InsertRow; e.SchemaName != "" && e.SchemaName != "jobs" || e.Code[:2] == "42" {
+		if entity == nil {
+			entity = r.UpdateRow
+		}
+		if entity != nil {
+			return asRowError(entity.Entity, entity.ID, err), nil
+		}
+	}
+	switch e.Code {
+	case codeState:
+		return fmt.Errorf("%w: %s", store.ErrState, e.Message), nil
+	case codeExpect:
+		return explainCount(ctx, q, r, e)
+	case codeForeignKey:
+		return fmt.Errorf("%w: %s", store.ErrNotFound, e.Message), nil
+	case codeUnique:
+		switch e.ConstraintName {
+		case "tb_workflow_run_pkey":
+			return &store.DuplicateError{RunID: r.RunID}, nil
+		case "ux_workflow_run_idempotency_key":
+			id, err := one(ctx, q, pgx.RowTo[string], `SELECT id::text FROM jobs.tb_workflow_run
+				WHERE idempotency_key IS NOT NULL AND coalesce(tenant_id, '') = $1 AND idempotency_key = $2`, r.Create.TenantID, r.Create.IdempotencyKey)
+			if err != nil {
+				return nil, err
+			}
+			return &store.DuplicateError{RunID: id}, nil
+		}
+		return fmt.Errorf("%w: it exists already: %s", store.ErrState, e.Message), nil
+	}
+	if entity := r.InsertRow; entity != nil && e.SchemaName == "" && rowValue(e.Code) && !hasPayload(r) {
+		return asRowError(entity.Entity, entity.ID, err), nil
+	}
+	return fmt.Errorf("%w: %w", store.ErrRefused, err), nil
+}
+
+// rowValue reports whether a value was refused for what it is, in which case the server names no table.
+func rowValue(code string) bool { return code[:2] == "22" }
+
+// hasPayload reports whether anything but the entity's row could hold a value that the server refuses.
+func hasPayload(r *store.Record) bool {
+	return len(r.NewJobs)+len(r.ChangedJobs)+len(r.Steps) > 0 || r.Run != nil
+}
+
+// explainCount says which row a statement did not find as it had to be.
+func explainCount(ctx context.Context, q pgx.Tx, r *store.Record, e *pgconn.PgError) (reason, failed error) {
+	switch what, _, _ := strings.Cut(e.Message, ":"); what {
+	case "fence":
+		epoch, err := one(ctx, q, pgx.RowTo[int64], "SELECT epoch FROM jobs.tb_workflow_run WHERE id = $1", uuidValue(r.RunID))
+		if errors.Is(err, store.ErrNotFound) {
+			return store.ErrNotFound, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		return fmt.Errorf("%w: its epoch is %d, the record's %d", store.ErrFenced, epoch, r.Epoch), nil
+	case "adopt":
+		return fmt.Errorf("%w: the job is no longer pending, or belongs to a run", store.ErrState), nil
+	case "job":
+		return fmt.Errorf("a changed job: %w", store.ErrNotFound), nil
+	case "row":
+		return fmt.Errorf("%s %s: %w", r.UpdateRow.Entity, r.UpdateRow.ID, store.ErrNotFound), nil
+	case "signal":
+		var numbers []int64
+		for id := range r.TakenSignals {
+			numbers = append(numbers, id)
+		}
+		found, err := one(ctx, q, pgx.RowTo[int64], "SELECT count(*) FROM jobs.tb_workflow_signal WHERE id = ANY ($1) AND run_id = $2", numbers, uuidValue(r.RunID))
+		switch {
+		case err != nil:
+			return nil, err
+		case found < int64(len(numbers)):
+			return fmt.Errorf("a signal: %w", store.ErrNotFound), nil
+		}
+		return fmt.Errorf("a signal: %w: another step has taken it", store.ErrState), nil
+	}
+	return fault.New(fault.Internal, "%s", e.Message), nil
+}

@@ -1,0 +1,59 @@
+package postgres
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// maintainLock is the advisory lock of the one who maintains.
+const maintainLock = 7271450120553
+
+// pruneBatch is how many runs, or jobs of none, one transaction deletes at most.
+const pruneBatch = 500
+
+// Maintain implements [store.Store]. Snapshots stay: they are few, and runs point at them.
+func (s *Store) Maintain(ctx context.Context, retain time.Duration) error {
+	for {
+		more := false
+		err := s.with(ctx, func(ctx context.Context, c *pgx.Conn) error {
+			return pgx.BeginFunc(ctx, c, func(tx pgx.Tx) error {
+				var mine bool
+				if err := tx.QueryRow(ctx, "SELECT pg_try_advisory_xact_lock($1)", int64(maintainLock)).Scan(&mine); err != nil || !mine {
+					return err
+				}
+				if retain > 0 {
+					var err error
+					if more, err = s.prune(ctx, tx, s.now().UTC().Add(-retain)); err != nil || more {
+						return err
+					}
+				}
+				_, err := tx.Exec(ctx, `SET LOCAL enable_seqscan = on; SET LOCAL enable_hashjoin = on; SET LOCAL enable_mergejoin = on;
+					SELECT jobs.fn_stat_compact()`, pgx.QueryExecModeSimpleProtocol)
+				return err
+			})
+		})
+		if err != nil {
+			return fmt.Errorf("maintain the database: %w", err)
+		}
+		if !more {
+			return nil
+		}
+	}
+}
+
+// prune deletes some of what ended before a time, and reports whether there may be more.
+func (s *Store) prune(ctx context.Context, tx pgx.Tx, before time.Time) (more bool, err error) {
+	runs, err := tx.Exec(ctx, `DELETE FROM jobs.tb_workflow_run WHERE id IN (SELECT id FROM jobs.tb_workflow_run
+		WHERE completed_at < $1 AND status IN ('completed', 'failed', 'cancelled') ORDER BY completed_at LIMIT $2 FOR UPDATE SKIP LOCKED)`, before, pruneBatch)
+	if err != nil {
+		return false, err
+	}
+	// Jobs of no run: those of the old table, and those that clients ended themselves.
+	jobs, err := tx.Exec(ctx, `DELETE FROM jobs.tb_job_run WHERE id IN (SELECT id FROM jobs.tb_job_run
+		WHERE run_id IS NULL AND created_at < $1 AND status IN ('completed', 'failed', 'cancelled') AND coalesce(completed_at, updated_at) < $1
+		ORDER BY created_at LIMIT $2 FOR UPDATE SKIP LOCKED)`, before, pruneBatch)
+	return runs.RowsAffected() == pruneBatch || jobs.RowsAffected() == pruneBatch, err
+}

@@ -1,0 +1,221 @@
+package postgres
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+)
+
+// Heartbeat implements [store.Store].
+func (s *Store) Heartbeat(ctx context.Context, owner string, register bool) (map[string]int64, error) {
+	statement := "UPDATE jobs.tb_orchestrator SET beat = beat + 1, seen_at = clock_timestamp() WHERE id = $1 RETURNING id, beat"
+	if register {
+		statement = `INSERT INTO jobs.tb_orchestrator AS o (id, beat) VALUES ($1, 1)
+			ON CONFLICT (id) DO UPDATE SET beat = o.beat + 1, seen_at = clock_timestamp() RETURNING id, beat`
+	}
+	out := map[string]int64{}
+	_, err := all(ctx, s, func(row pgx.CollectableRow) (struct{}, error) {
+		var id string
+		var beat int64
+		err := row.Scan(&id, &beat)
+		out[id] = beat
+		return struct{}{}, err
+	}, "WITH own AS ("+statement+") SELECT id, beat FROM own UNION ALL SELECT id, beat FROM jobs.tb_orchestrator WHERE id <> $1", owner)
+	if _, ok := out[owner]; err == nil && !ok {
+		err = store.ErrFenced
+	}
+	if err != nil {
+		return nil, fmt.Errorf("heartbeat of %s: %w", owner, err)
+	}
+	return out, nil
+}
+
+// Bury implements [store.Store].
+func (s *Store) Bury(ctx context.Context, owner string, beat int64) (bool, error) {
+	n, err := s.exec(ctx, "DELETE FROM jobs.tb_orchestrator WHERE id = $1 AND beat = $2", owner, beat)
+	if err != nil {
+		return false, fmt.Errorf("bury %s: %w", owner, err)
+	}
+	return n > 0, nil
+}
+
+// deadOwners finds the owners in a table that are neither $1 nor registered, by steps through its index: what it costs
+// follows from the number of owners.
+func deadOwners(table, where string) string {
+	return fmt.Sprintf(`owners (owner) AS (
+			(SELECT t.owner FROM %[1]s t WHERE %[2]s ORDER BY t.owner LIMIT 1)
+			UNION ALL
+			SELECT (SELECT t.owner FROM %[1]s t WHERE %[2]s AND t.owner > o.owner ORDER BY t.owner LIMIT 1) FROM owners o WHERE o.owner IS NOT NULL
+		), dead AS (SELECT o.owner FROM owners o WHERE o.owner IS NOT NULL AND o.owner <> $1
+			AND NOT EXISTS (SELECT FROM jobs.tb_orchestrator k WHERE k.id = o.owner))`, table, where)
+}
+
+var (
+	claimRuns = "WITH RECURSIVE " + deadOwners("jobs.tb_workflow_run", "t.status IN ('pending', 'running')") + `,
+		picked AS (SELECT p.id FROM dead CROSS JOIN LATERAL (
+				SELECT t.id FROM jobs.tb_workflow_run t WHERE t.status IN ('pending', 'running') AND t.owner = dead.owner
+				ORDER BY t.id LIMIT $2 FOR UPDATE SKIP LOCKED) p
+			LIMIT $2)
+		UPDATE jobs.tb_workflow_run r SET owner = $1, epoch = r.epoch + 1, updated_at = now()
+		FROM picked WHERE r.id = picked.id RETURNING ` + runListColumns
+	claimJobs = "WITH RECURSIVE " + deadOwners("jobs.tb_job_queue", "true") + `,
+		picked AS (SELECT p.job_id FROM dead CROSS JOIN LATERAL (
+				SELECT t.job_id, t.seq FROM jobs.tb_job_queue t WHERE t.owner = dead.owner
+				ORDER BY t.seq LIMIT $2 FOR UPDATE SKIP LOCKED) p
+			ORDER BY p.seq LIMIT $2)
+		UPDATE jobs.tb_job_queue q SET owner = $1 FROM picked WHERE q.job_id = picked.job_id RETURNING q.job_id`
+)
+
+// Claim implements [store.Store]. Rows that another claim holds are passed over.
+func (s *Store) Claim(ctx context.Context, owner string, limit int) ([]*store.Run, error) {
+	runs, err := all(ctx, s, scanRun, claimRuns, owner, pageSize(limit))
+	if err != nil {
+		return nil, fmt.Errorf("claim runs: %w", err)
+	}
+	slices.SortFunc(runs, func(a, b *store.Run) int { return strings.Compare(a.ID, b.ID) })
+	return runs, nil
+}
+
+// ClaimJobs implements [store.Store]. What is no longer pending leaves the queue.
+func (s *Store) ClaimJobs(ctx context.Context, owner string, limit int) (jobs []*store.Job, err error) {
+	err = s.with(ctx, func(ctx context.Context, c *pgx.Conn) error {
+		return pgx.BeginFunc(ctx, c, func(tx pgx.Tx) error {
+			ids, err := query(ctx, tx, pgx.RowTo[[16]byte], claimJobs, owner, pageSize(limit))
+			if err != nil || len(ids) == 0 {
+				return err
+			}
+			jobs, err = query(ctx, tx, scanJob, "SELECT "+s.sql.jobColumns+` FROM jobs.tb_job_queue q JOIN jobs.tb_job_run j ON j.id = q.job_id
+				LEFT JOIN jobs.tb_workflow_run r ON r.id = j.run_id
+				WHERE q.job_id = ANY ($1) AND j.status = 'pending' AND j.run_id IS NULL ORDER BY q.seq`, ids)
+			if err != nil || len(jobs) == len(ids) {
+				return err
+			}
+			_, err = tx.Exec(ctx, `DELETE FROM jobs.tb_job_queue q USING jobs.tb_job_run j
+				WHERE q.job_id = ANY ($1) AND j.id = q.job_id AND (j.status <> 'pending' OR j.run_id IS NOT NULL)`, ids)
+			return err
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("claim jobs: %w", err)
+	}
+	return jobs, nil
+}
+
+// Release implements [store.Store].
+func (s *Store) Release(ctx context.Context, owner string, runIDs []string) error {
+	if len(runIDs) == 0 {
+		return ctx.Err()
+	}
+	_, err := s.exec(ctx, `WITH released AS (UPDATE jobs.tb_workflow_run SET owner = '', updated_at = now()
+			WHERE id = ANY ($2) AND owner = $1 AND status IN ('pending', 'running') RETURNING 1)
+		SELECT pg_notify('specql_work', '') FROM (SELECT count(*) AS n FROM released) AS r WHERE n > 0`, owner, gather(runIDs, uuidValue))
+	if err != nil {
+		return fmt.Errorf("release runs: %w", err)
+	}
+	return nil
+}
+
+// Retire implements [store.Store].
+func (s *Store) Retire(ctx context.Context, owner string) error {
+	_, err := s.exec(ctx, `WITH gone AS (DELETE FROM jobs.tb_orchestrator WHERE id = $1),
+		released AS (UPDATE jobs.tb_workflow_run SET owner = '', updated_at = now()
+			WHERE owner = $1 AND owner <> '' AND status IN ('pending', 'running') RETURNING 1),
+		queued AS (UPDATE jobs.tb_job_queue SET owner = '' WHERE owner = $1 AND owner <> '' RETURNING 1)
+		SELECT pg_notify('specql_work', '') FROM (SELECT (SELECT count(*) FROM released) + (SELECT count(*) FROM queued) AS n) AS r WHERE n > 0`, owner)
+	if err != nil {
+		return fmt.Errorf("retire %s: %w", owner, err)
+	}
+	return nil
+}
+
+// ClaimRun implements [store.Store].
+func (s *Store) ClaimRun(ctx context.Context, owner, runID string) (*store.Run, error) {
+	run, err := first(ctx, s, scanRun, `UPDATE jobs.tb_workflow_run r SET owner = $1, epoch = r.epoch + 1, updated_at = now()
+		WHERE r.id = $2 AND r.status IN ('failed', 'cancelled') RETURNING `+runReadColumns, owner, uuidValue(runID))
+	if isNotFound(err) {
+		err = s.refused(ctx, runID)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("claim run %s: %w", runID, err)
+	}
+	return run, nil
+}
+
+// refused says why a run was not changed: ErrNotFound, or ErrState with the state it has.
+func (s *Store) refused(ctx context.Context, runID string) error {
+	status, err := first(ctx, s, pgx.RowTo[string], "SELECT status FROM jobs.tb_workflow_run WHERE id = $1", uuidValue(runID))
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("%w: it is %s", store.ErrState, status)
+}
+
+// RequestCancel implements [store.Store]. The first reason stays.
+func (s *Store) RequestCancel(ctx context.Context, runID, reason string) error {
+	n, err := s.exec(ctx, `WITH noted AS (UPDATE jobs.tb_workflow_run SET
+				cancel_reason = CASE WHEN cancel_requested THEN cancel_reason ELSE $2 END, cancel_requested = true, updated_at = now()
+			WHERE id = $1 AND status IN ('pending', 'running') RETURNING id)
+		SELECT pg_notify('specql_request', id::text) FROM noted`, uuidValue(runID), nullText(plain(reason)))
+	if err == nil && n == 0 {
+		err = s.refused(ctx, runID)
+	}
+	if err != nil {
+		return fmt.Errorf("cancel run %s: %w", runID, err)
+	}
+	return nil
+}
+
+// AddSignal implements [store.Store]. The run's row is held meanwhile, so that a run that ends has had every signal that was taken for it.
+func (s *Store) AddSignal(ctx context.Context, sig *store.Signal) error {
+	if len(sig.Payload) > 0 && !json.Valid(sig.Payload) {
+		return fmt.Errorf("signal run %s: the payload is not JSON", sig.RunID)
+	}
+	created := sig.CreatedAt
+	if created.IsZero() {
+		created = s.now().UTC()
+	}
+	id, err := first(ctx, s, pgx.RowTo[int64], `WITH target AS (SELECT id FROM jobs.tb_workflow_run WHERE id = $1 AND status IN ('pending', 'running') FOR SHARE),
+		made AS (INSERT INTO jobs.tb_workflow_signal (run_id, name, taken_by, created_at, payload)
+			SELECT id, $2, $3, $4, $5::text::jsonb FROM target RETURNING id)
+		SELECT made.id FROM made CROSS JOIN LATERAL pg_notify('specql_request', $1::text)`,
+		uuidValue(sig.RunID), plain(sig.Name), nullText(sig.TakenBy), created, nullJSON(sig.Payload))
+	if isNotFound(err) {
+		err = s.refused(ctx, sig.RunID)
+	}
+	if err != nil {
+		return fmt.Errorf("signal run %s: %w", sig.RunID, err)
+	}
+	sig.ID, sig.CreatedAt = id, created
+	return nil
+}
+
+// Requests implements [store.Store].
+func (s *Store) Requests(ctx context.Context, owner string) (*store.Requests, error) {
+	out := &store.Requests{Cancels: map[string]string{}}
+	err := s.with(ctx, func(ctx context.Context, c *pgx.Conn) error {
+		_, err := query(ctx, c, func(row pgx.CollectableRow) (struct{}, error) {
+			var id, reason string
+			err := row.Scan(&id, &reason)
+			out.Cancels[id] = reason
+			return struct{}{}, err
+		}, `SELECT id::text, coalesce(cancel_reason, '') FROM jobs.tb_workflow_run
+			WHERE owner = $1 AND status IN ('pending', 'running') AND cancel_requested`, owner)
+		if err != nil {
+			return err
+		}
+		out.Signals, err = query(ctx, c, scanSignal, "SELECT "+signalColumns+` FROM jobs.tb_workflow_signal s
+			JOIN jobs.tb_workflow_run r ON r.id = s.run_id
+			WHERE s.taken_by IS NULL AND r.owner = $1 AND r.status IN ('pending', 'running') ORDER BY s.id`, owner)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("requests: %w", err)
+	}
+	return out, nil
+}

@@ -1,0 +1,435 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/specql/mesh/migrations"
+)
+
+// Problem is what a database lacks, with the mend.
+type Problem struct {
+	// What is wrong, with its place: a table, a column, an index.
+	What string
+	// Mend is what to do about it.
+	Mend string
+}
+
+// migrateMend is the mend of most problems.
+const migrateMend = "run specql migrate-schema --database URL, or psql -v ON_ERROR_STOP=1 -f migrations/001_multi_execution.sql, as the owner of the schema jobs"
+
+// check sees that the schema is the one that this program knows, and returns the types of the columns of tb_job_run.
+func (s *Store) check(ctx context.Context) (map[string]string, error) {
+	types := map[string]string{}
+	err := s.with(ctx, func(ctx context.Context, c *pgx.Conn) error {
+		if err := checkVersion(ctx, c); err != nil {
+			return err
+		}
+		_, err := query(ctx, c, func(row pgx.CollectableRow) (struct{}, error) {
+			var name, kind string
+			err := row.Scan(&name, &kind)
+			types[name] = base(kind)
+			return struct{}{}, err
+		}, `SELECT attname::text, format_type(atttypid, atttypmod) FROM pg_attribute
+			WHERE attrelid = 'jobs.tb_job_run'::regclass AND attnum > 0 AND NOT attisdropped`)
+		return err
+	})
+	return types, err
+}
+
+func checkVersion(ctx context.Context, c *pgx.Conn) error {
+	files, err := migrations.Files()
+	if err != nil {
+		return err
+	}
+	var version int
+	if err := c.QueryRow(ctx, "SELECT current_setting('server_version_num')::int").Scan(&version); err != nil {
+		return err
+	}
+	if version < minVersion {
+		return fmt.Errorf("the server is PostgreSQL %d; use %d or later", version/10000, minVersion/10000)
+	}
+	have, err := schemaVersion(ctx, c)
+	switch {
+	case err != nil:
+		return err
+	case have == 0:
+		return errors.New("the database is not ready: it has no tables of SpecQL, or old ones; " + migrateMend)
+	case have < len(files):
+		return fmt.Errorf("the database is not ready: its schema is version %d, this program needs %d; %s", have, len(files), migrateMend)
+	case have > len(files):
+		return fmt.Errorf("the database was migrated by a newer version (its schema is %d, this program knows %d); use that version", have, len(files))
+	}
+	return nil
+}
+
+// schemaVersion is the highest migration that the database has; 0 for none.
+func schemaVersion(ctx context.Context, c *pgx.Conn) (int, error) {
+	var there bool
+	if err := c.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_class k JOIN pg_namespace n ON n.oid = k.relnamespace
+		WHERE n.nspname = 'jobs' AND k.relname = 'tb_schema_version')`).Scan(&there); err != nil || !there {
+		return 0, err
+	}
+	var version int
+	err := c.QueryRow(ctx, "SELECT coalesce(max(version), 0) FROM jobs.tb_schema_version").Scan(&version)
+	return version, err
+}
+
+// connect opens one connection, outside a pool.
+func connect(ctx context.Context, o Options) (*pgx.Conn, error) {
+	config, err := poolConfig(o)
+	if err != nil {
+		return nil, err
+	}
+	if o.Logger != nil {
+		config.ConnConfig.OnNotice = func(_ *pgconn.PgConn, n *pgconn.Notice) {
+			o.Logger.WarnContext(ctx, n.Message)
+		}
+	}
+	c, err := pgx.ConnectConfig(ctx, config.ConnConfig)
+	if err != nil {
+		return nil, fmt.Errorf("connect to the database: %w", err)
+	}
+	return c, nil
+}
+
+// migrateLock is the advisory lock under which the schema changes.
+const migrateLock = 7271450120554
+
+// Migrate brings a database to the schema that this program knows, and returns the names of the migrations that it
+// applied: none where nothing was amiss. Each statement is a transaction of its own; one migrates at a time, others wait.
+func Migrate(ctx context.Context, o Options) (applied []string, err error) {
+	files, err := migrations.Files()
+	if err != nil {
+		return nil, err
+	}
+	c, err := connect(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.Close(context.WithoutCancel(ctx)) }()
+	if err := lockMigration(ctx, c); err != nil {
+		return nil, fmt.Errorf("migrate: %w", err)
+	}
+	have, err := schemaVersion(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("migrate: %w", err)
+	}
+	if have > len(files) {
+		return nil, fmt.Errorf("migrate: the database was migrated by a newer version (its schema is %d, this program knows %d); use that version", have, len(files))
+	}
+	if have == len(files) {
+		problems, err := validate(ctx, c)
+		if err != nil || len(problems) == 0 {
+			return nil, err
+		}
+		have = 0
+	}
+	for _, f := range files[have:] {
+		if err := applyFile(ctx, c, f); err != nil {
+			return applied, fmt.Errorf("migrate: %s: %w", f.Name, err)
+		}
+		applied = append(applied, f.Name)
+	}
+	return applied, nil
+}
+
+// lockMigration waits for the lock without holding a transaction open, which an index that is being built
+// concurrently would wait for.
+func lockMigration(ctx context.Context, c *pgx.Conn) error {
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		var mine bool
+		if err := c.QueryRow(ctx, "SELECT pg_try_advisory_lock($1)", int64(migrateLock)).Scan(&mine); err != nil || mine {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func applyFile(ctx context.Context, c *pgx.Conn, f migrations.File) error {
+	statements, err := migrations.Statements(f.SQL)
+	if err != nil {
+		return err
+	}
+	for _, text := range statements {
+		for try := 1; ; try++ {
+			_, err := c.Exec(ctx, text, pgx.QueryExecModeSimpleProtocol)
+			if err == nil {
+				break
+			}
+			if e, ok := ofServer(err); ok && (e.Code == codeDeadlock || e.Code == codeLockTimeout) && try < 5 {
+				continue
+			}
+			return fmt.Errorf("%w, in: %s", err, firstLine(text))
+		}
+	}
+	return nil
+}
+
+// firstLine is what a statement does, without the comments before it.
+func firstLine(text string) string {
+	for line := range strings.Lines(text) {
+		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "--") {
+			return line
+		}
+	}
+	return ""
+}
+
+// wanted is what a migration makes, read from its text.
+type wanted struct {
+	tables    map[string][][2]string // columns with their types
+	indexes   []string
+	triggers  [][2]string // table and name
+	functions []string
+	views     []string
+}
+
+var (
+	wantTable    = regexp.MustCompile(`(?s)CREATE TABLE (?:IF NOT EXISTS )?jobs\.(\w+) \(\n(.*?)\n\s*\)`)
+	wantColumn   = regexp.MustCompile(`^\s*([a-z_]+)\s+([a-z]+(?: precision)?(?:\[\])?)[ ,]`)
+	wantIndex    = regexp.MustCompile(`INDEX (?:CONCURRENTLY )?IF NOT EXISTS (\w+)`)
+	wantTrigger  = regexp.MustCompile(`CREATE OR REPLACE TRIGGER (\w+) (?:BEFORE|AFTER) [A-Z ]+ ON jobs\.(\w+)`)
+	wantFunction = regexp.MustCompile(`CREATE OR REPLACE (?:FUNCTION|PROCEDURE) jobs\.(\w+)|EXECUTE FUNCTION jobs\.(\w+)`)
+	wantView     = regexp.MustCompile(`CREATE OR REPLACE VIEW jobs\.(\w+)`)
+)
+
+func readWanted(files []migrations.File) wanted {
+	w := wanted{tables: map[string][][2]string{}}
+	for _, f := range files {
+		for _, m := range wantTable.FindAllStringSubmatch(f.SQL, -1) {
+			for line := range strings.Lines(m[2] + ",\n") {
+				if c := wantColumn.FindStringSubmatch(line); c != nil {
+					w.tables[m[1]] = append(w.tables[m[1]], [2]string{c[1], c[2]})
+				}
+			}
+		}
+		for _, m := range wantIndex.FindAllStringSubmatch(f.SQL, -1) {
+			w.indexes = append(w.indexes, m[1])
+		}
+		for _, m := range wantTrigger.FindAllStringSubmatch(f.SQL, -1) {
+			w.triggers = append(w.triggers, [2]string{m[2], m[1]})
+		}
+		for _, m := range wantFunction.FindAllStringSubmatch(f.SQL, -1) {
+			if name := m[1] + m[2]; !slices.Contains(w.functions, name) {
+				w.functions = append(w.functions, name)
+			}
+		}
+		for _, m := range wantView.FindAllStringSubmatch(f.SQL, -1) {
+			w.views = append(w.views, m[1])
+		}
+	}
+	return w
+}
+
+// fits reports whether a column that is there can do what the wanted type is for. The old table's types vary.
+func fits(have, want string) bool {
+	switch have = base(have); {
+	case have == want, want == "timestamptz" && strings.HasPrefix(have, "timestamp"), want == "jsonb" && have == "json":
+		return true
+	case want == "text":
+		return have == "character varying" || have == "character" || have == "uuid" || isInteger(have)
+	case want == "double precision":
+		return isInteger(have) || have == "numeric" || have == "real"
+	case want == "integer" || want == "bigint":
+		return isInteger(have)
+	}
+	return false
+}
+
+// Validate lists what a database lacks of the schema that this program needs; nothing where it is ready.
+func Validate(ctx context.Context, o Options) ([]Problem, error) {
+	c, err := connect(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.Close(context.WithoutCancel(ctx)) }()
+	problems, err := validate(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("validate the schema: %w", err)
+	}
+	return problems, nil
+}
+
+func validate(ctx context.Context, c *pgx.Conn) ([]Problem, error) {
+	files, err := migrations.Files()
+	if err != nil {
+		return nil, err
+	}
+	if err := c.Ping(ctx); err != nil {
+		return nil, err
+	}
+	var problems []Problem
+	add := func(mend, format string, args ...any) {
+		problems = append(problems, Problem{What: fmt.Sprintf(format, args...), Mend: mend})
+	}
+	if err := checkVersion(ctx, c); err != nil {
+		if e, ok := ofServer(err); ok && e.Code != "42501" {
+			return nil, err
+		}
+		add(migrateMend, "%v", err)
+	}
+	w := readWanted(files)
+	columns := map[[2]string]string{}
+	tables := map[string]bool{}
+	_, err = query(ctx, c, func(row pgx.CollectableRow) (struct{}, error) {
+		var table, column, kind string
+		err := row.Scan(&table, &column, &kind)
+		columns[[2]string{table, column}] = kind
+		tables[table] = true
+		return struct{}{}, err
+	}, `SELECT k.relname::text, a.attname::text, format_type(a.atttypid, a.atttypmod)
+		FROM pg_class k JOIN pg_namespace n ON n.oid = k.relnamespace JOIN pg_attribute a ON a.attrelid = k.oid
+		WHERE n.nspname = 'jobs' AND k.relkind IN ('r', 'p', 'v') AND a.attnum > 0 AND NOT a.attisdropped`)
+	if err != nil {
+		return nil, err
+	}
+	for _, table := range sortedKeys(w.tables) {
+		if !tables[table] {
+			add(migrateMend, "table jobs.%s is missing", table)
+			continue
+		}
+		for _, want := range w.tables[table] {
+			have, ok := columns[[2]string{table, want[0]}]
+			switch {
+			case !ok:
+				add(migrateMend, "column jobs.%s.%s is missing", table, want[0])
+			case !fits(have, want[1]):
+				add(fmt.Sprintf("ALTER TABLE jobs.%s ALTER COLUMN %s TYPE %s USING %[2]s::%[3]s, at a time when nobody writes", table, want[0], want[1]),
+					"column jobs.%s.%s is %s, which %s does not fit into", table, want[0], have, want[1])
+			case want[1] == "text" && strings.Contains(have, "("):
+				add("drop the views that use the column, "+migrateMend+", and create the views anew",
+					"column jobs.%s.%s is %s: longer values would be refused", table, want[0], have)
+			}
+		}
+	}
+	if err := validateRest(ctx, c, w, tables, add); err != nil {
+		return nil, err
+	}
+	return problems, nil
+}
+
+// validateRest looks at what stands on the tables.
+func validateRest(ctx context.Context, c *pgx.Conn, w wanted, tables map[string]bool, add func(mend, format string, args ...any)) error {
+	pairs := func(text string) (map[string]string, error) {
+		out := map[string]string{}
+		_, err := query(ctx, c, func(row pgx.CollectableRow) (struct{}, error) {
+			var name, state string
+			err := row.Scan(&name, &state)
+			out[name] = state
+			return struct{}{}, err
+		}, text)
+		return out, err
+	}
+	indexes, err := pairs(`SELECT k.relname::text, i.indisvalid::text FROM pg_index i JOIN pg_class k ON k.oid = i.indexrelid
+		JOIN pg_namespace n ON n.oid = k.relnamespace WHERE n.nspname = 'jobs'`)
+	if err != nil {
+		return err
+	}
+	for _, name := range w.indexes {
+		switch indexes[name] {
+		case "":
+			add(migrateMend, "index jobs.%s is missing", name)
+		case "false":
+			add(migrateMend, "index jobs.%s was not finished", name)
+		}
+	}
+	triggers, err := pairs(`SELECT k.relname || '.' || t.tgname, t.tgenabled::text FROM pg_trigger t JOIN pg_class k ON k.oid = t.tgrelid
+		JOIN pg_namespace n ON n.oid = k.relnamespace WHERE n.nspname = 'jobs' AND NOT t.tgisinternal`)
+	if err != nil {
+		return err
+	}
+	for _, trigger := range w.triggers {
+		switch triggers[trigger[0]+"."+trigger[1]] {
+		case "":
+			add(migrateMend, "trigger %s of jobs.%s is missing", trigger[1], trigger[0])
+		case "D", "R":
+			add(fmt.Sprintf("ALTER TABLE jobs.%s ENABLE TRIGGER %s", trigger[0], trigger[1]), "trigger %s of jobs.%s is disabled", trigger[1], trigger[0])
+		}
+	}
+	functions, err := pairs("SELECT p.proname::text, 'there' FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'jobs'")
+	if err != nil {
+		return err
+	}
+	for _, name := range w.functions {
+		if functions[name] == "" {
+			add(migrateMend, "function jobs.%s is missing", name)
+		}
+	}
+	for _, name := range w.views {
+		if !tables[name] {
+			add(migrateMend, "view jobs.%s is missing", name)
+		}
+	}
+	return nil
+}
+
+// CheckPermissions lists what the role of the URL may not do and the orchestrator has to; nothing where it may do all.
+func CheckPermissions(ctx context.Context, o Options) ([]Problem, error) {
+	files, err := migrations.Files()
+	if err != nil {
+		return nil, err
+	}
+	c, err := connect(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.Close(context.WithoutCancel(ctx)) }()
+	var problems []Problem
+	var role string
+	var schema, usage bool
+	err = c.QueryRow(ctx, `SELECT current_user::text, to_regnamespace('jobs') IS NOT NULL,
+		coalesce(has_schema_privilege(to_regnamespace('jobs'), 'USAGE'), false)`).Scan(&role, &schema, &usage)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("check permissions: %w", err)
+	case !schema:
+		return []Problem{{What: "there is no schema jobs", Mend: migrateMend}}, nil
+	case !usage:
+		problems = append(problems, Problem{What: fmt.Sprintf("%s may not use the schema jobs", role), Mend: "GRANT USAGE ON SCHEMA jobs TO " + quote(role)})
+	}
+	found, err := query(ctx, c, pgx.RowToStructByPos[struct{ Object, Right, Kind string }], `
+		SELECT k.relname::text, p.name, 'TABLE' FROM pg_class k JOIN pg_namespace n ON n.oid = k.relnamespace
+			CROSS JOIN LATERAL unnest(CASE WHEN k.relkind = 'v' OR k.relname = 'tb_schema_version' THEN array['SELECT']
+				ELSE array['SELECT', 'INSERT', 'UPDATE', 'DELETE'] END) AS p (name)
+			WHERE n.nspname = 'jobs' AND k.relkind IN ('r', 'p', 'v') AND k.relname ~ '^(tb|v)_' AND NOT has_table_privilege(k.oid, p.name)
+		UNION ALL
+		SELECT p.oid::regprocedure::text, 'EXECUTE', 'FUNCTION' FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+			WHERE n.nspname = 'jobs' AND p.prorettype <> 'trigger'::regtype AND p.prokind = 'f' AND NOT has_function_privilege(p.oid, 'EXECUTE')
+		ORDER BY 1, 2`)
+	if err != nil {
+		return nil, fmt.Errorf("check permissions: %w", err)
+	}
+	w := readWanted(files)
+	for _, f := range found {
+		object := f.Object
+		if f.Kind == "TABLE" {
+			if w.tables[object] == nil && !slices.Contains(w.views, object) {
+				continue // a table of somebody else
+			}
+			object = "jobs." + object
+		}
+		problems = append(problems, Problem{
+			What: fmt.Sprintf("%s lacks the right %s on %s", role, f.Right, object),
+			Mend: fmt.Sprintf("GRANT %s ON %s %s TO %s", f.Right, f.Kind, object, quote(role)),
+		})
+	}
+	return problems, nil
+}
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -1,0 +1,403 @@
+package postgres
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgtype"
+
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+)
+
+// column is a column that a statement writes for many rows at once: its values travel as one array.
+type column[T any] struct {
+	name string
+	// array is the type of an element of the parameter.
+	array string
+	// values gives the parameter.
+	values func([]T) any
+}
+
+func ids[T any](name string, get func(T) string) column[T] {
+	return column[T]{name, "uuid", func(rows []T) any { return gather(rows, func(r T) pgtype.UUID { return uuidValue(get(r)) }) }}
+}
+
+func sameIDs[T any](name string, get func(T) string) column[T] {
+	return column[T]{name, "uuid", func(rows []T) any { return gather(rows, func(r T) pgtype.UUID { return sameUUID(get(r)) }) }}
+}
+
+func texts[T any](name string, get func(T) string) column[T] {
+	return column[T]{name, "text", func(rows []T) any { return gather(rows, get) }}
+}
+
+func nullTexts[T any](name string, get func(T) string) column[T] {
+	return column[T]{name, "text", func(rows []T) any { return gather(rows, func(r T) *string { return nullText(get(r)) }) }}
+}
+
+// payloads travel as text and are parsed by the server, which refuses what is no JSON.
+func payloads[T any](name string, get func(T) []byte) column[T] {
+	return column[T]{name, "text", func(rows []T) any { return gather(rows, func(r T) []byte { return nullJSON(get(r)) }) }}
+}
+
+func numbers[T any](name string, get func(T) int64) column[T] {
+	return column[T]{name, "bigint", func(rows []T) any { return gather(rows, get) }}
+}
+
+func nullNumbers[T any](name string, get func(T) *int64) column[T] {
+	return column[T]{name, "bigint", func(rows []T) any { return gather(rows, get) }}
+}
+
+func booleans[T any](name string, get func(T) bool) column[T] {
+	return column[T]{name, "boolean", func(rows []T) any { return gather(rows, get) }}
+}
+
+func nullBooleans[T any](name string, get func(T) *bool) column[T] {
+	return column[T]{name, "boolean", func(rows []T) any { return gather(rows, get) }}
+}
+
+func times[T any](name string, get func(T) time.Time) column[T] {
+	return column[T]{name, "timestamptz", func(rows []T) any { return gather(rows, func(r T) *time.Time { return nullTime(get(r)) }) }}
+}
+
+func floats[T any](name string, get func(T) *float64) column[T] {
+	return column[T]{name, "double precision", func(rows []T) any { return gather(rows, get) }}
+}
+
+func gather[T, V any](rows []T, get func(T) V) []V {
+	out := make([]V, len(rows))
+	for i, r := range rows {
+		out[i] = get(r)
+	}
+	return out
+}
+
+// faults are the four columns of an error.
+func faults[T any](get func(T) *fault.Error) []column[T] {
+	return []column[T]{
+		nullTexts("error_code", func(r T) string {
+			if e := get(r); e != nil {
+				return plain(string(e.Code))
+			}
+			return ""
+		}),
+		nullTexts("error_message", func(r T) string {
+			if e := get(r); e != nil {
+				return plain(e.Message)
+			}
+			return ""
+		}),
+		nullBooleans("error_retryable", func(r T) *bool {
+			if e := get(r); e != nil {
+				return &e.Retryable
+			}
+			return nil
+		}),
+		nullNumbers("error_attempts", func(r T) *int64 {
+			if e := get(r); e != nil {
+				return new(int64(e.Attempts))
+			}
+			return nil
+		}),
+	}
+}
+
+// arguments are the parameters of a statement over rows.
+func arguments[T any](columns []column[T], rows []T) []any {
+	out := make([]any, len(columns), len(columns)+1)
+	for i, c := range columns {
+		out[i] = c.values(rows)
+	}
+	return out
+}
+
+// source is the FROM of a statement over rows: d, with a column for each parameter.
+func source[T any](columns []column[T]) string {
+	var arrays, names []string
+	for i, c := range columns {
+		arrays = append(arrays, fmt.Sprintf("$%d::%s[]", i+1, c.array))
+		names = append(names, c.name)
+	}
+	return "unnest(" + strings.Join(arrays, ", ") + ") AS d (" + strings.Join(names, ", ") + ")"
+}
+
+// change is a record's change of its run, with the sequence that plain records of the same run add.
+type change struct {
+	record   *store.Record
+	sequence int64
+}
+
+// statements are the texts that depend on the types of the columns of tb_job_run, which an upgraded table may
+// have of its own.
+type statements struct {
+	types map[string]string
+	// jobColumns is what a read of jobs selects, from j with its run r.
+	jobColumns string
+
+	createRuns, touchRuns, changeRuns, retryRuns string
+	insertJobs, insertNewJobs, adoptJobs         string
+	updateJobs, upsertSteps, takeSignals         string
+}
+
+var runColumns = append([]column[*store.Record]{
+	ids("id", func(r *store.Record) string { return r.Create.ID }),
+	nullTexts("entity", func(r *store.Record) string { return r.Create.Entity }),
+	nullTexts("action", func(r *store.Record) string { return r.Create.Action }),
+	nullTexts("entity_schema", func(r *store.Record) string { return r.Create.EntitySchema }),
+	nullTexts("entity_id", func(r *store.Record) string { return r.Create.EntityID }),
+	texts("status", func(r *store.Record) string { return string(r.Create.Status) }),
+	texts("owner", func(r *store.Record) string { return r.Create.Owner }),
+	numbers("epoch", func(r *store.Record) int64 { return r.Create.Epoch }),
+	numbers("retries", func(r *store.Record) int64 { return int64(r.Create.Retries) }),
+	numbers("sequence", func(r *store.Record) int64 { return max(r.Create.Sequence, r.Sequence) }),
+	booleans("cancel_requested", func(r *store.Record) bool { return r.Create.CancelRequested }),
+	nullTexts("cancel_reason", func(r *store.Record) string { return r.Create.CancelReason }),
+	nullTexts("snapshot", func(r *store.Record) string { return r.Create.Snapshot }),
+	nullTexts("idempotency_key", func(r *store.Record) string { return r.Create.IdempotencyKey }),
+	nullTexts("correlation_id", func(r *store.Record) string { return r.Create.CorrelationID }),
+	nullTexts("tenant_id", func(r *store.Record) string { return r.Create.TenantID }),
+	nullTexts("triggered_by", func(r *store.Record) string { return r.Create.Subject }),
+	times("created_at", func(r *store.Record) time.Time { return r.Create.CreatedAt }),
+	times("started_at", func(r *store.Record) time.Time { return r.Create.StartedAt }),
+	times("completed_at", func(r *store.Record) time.Time { return r.Create.CompletedAt }),
+	payloads("output_data", func(r *store.Record) []byte { return r.Create.Output }),
+	payloads("entity_row", func(r *store.Record) []byte { return r.Create.EntityRow }),
+	payloads("input_data", func(r *store.Record) []byte { return r.Create.Input }),
+}, faults(func(r *store.Record) *fault.Error { return r.Create.Err })...)
+
+var touchColumns = []column[*change]{
+	ids("id", func(c *change) string { return c.record.RunID }),
+	numbers("epoch", func(c *change) int64 { return c.record.Epoch }),
+	numbers("sequence", func(c *change) int64 { return c.sequence }),
+}
+
+var changeColumns = append(append([]column[*change]{
+	nullTexts("status", func(c *change) string { return string(c.record.Run.Status) }),
+	times("started_at", func(c *change) time.Time { return c.record.Run.StartedAt }),
+	times("completed_at", func(c *change) time.Time { return c.record.Run.CompletedAt }),
+	payloads("output_data", func(c *change) []byte { return c.record.Run.Output }),
+}, faults(func(c *change) *fault.Error { return c.record.Run.Err })...), touchColumns...)
+
+var retryColumns = append([]column[*change]{
+	times("started_at", func(c *change) time.Time { return c.record.Run.StartedAt }),
+}, touchColumns...)
+
+// The columns of a job that a start sets, and those that can change after it.
+var (
+	startColumns = []column[*store.Job]{
+		ids("id", func(j *store.Job) string { return j.ID }),
+		ids("run_id", func(j *store.Job) string { return j.RunID }),
+		nullTexts("idempotency_key", func(j *store.Job) string { return j.IdempotencyKey }),
+		texts("step_path", func(j *store.Job) string { return j.StepPath }),
+		numbers("generation", func(j *store.Job) int64 { return int64(j.Generation) }),
+		texts("service_name", func(j *store.Job) string { return j.Service }),
+		texts("operation", func(j *store.Job) string { return j.Operation }),
+		texts("execution_type", func(j *store.Job) string { return j.ExecutionType }),
+		texts("status", func(j *store.Job) string { return string(j.Status) }),
+		numbers("attempts", func(j *store.Job) int64 { return int64(j.Attempts) }),
+		numbers("max_attempts", func(j *store.Job) int64 { return int64(j.MaxAttempts) }),
+		floats("timeout_seconds", func(j *store.Job) *float64 { return seconds(j.Timeout) }),
+		numbers("sequence", func(j *store.Job) int64 { return j.Sequence }),
+		sameIDs("tenant_id", func(j *store.Job) string { return j.TenantID }),
+		sameIDs("triggered_by", func(j *store.Job) string { return j.TriggeredBy }),
+		nullTexts("correlation_id", func(j *store.Job) string { return j.CorrelationID }),
+		nullTexts("entity_type", func(j *store.Job) string { return j.EntityType }),
+		nullTexts("entity_pk", func(j *store.Job) string { return j.EntityPK }),
+		times("started_at", func(j *store.Job) time.Time { return j.StartedAt }),
+		payloads("runner_config", func(j *store.Job) []byte { return j.RunnerConfig }),
+		payloads("input_data", func(j *store.Job) []byte { return j.Input }),
+	}
+	bornColumns = []column[*store.Job]{
+		texts("identifier", func(j *store.Job) string { return j.Identifier() }),
+		times("created_at", func(j *store.Job) time.Time { return j.CreatedAt }),
+		booleans("by_sql", func(*store.Job) bool { return false }),
+	}
+	endColumns = append([]column[*store.Job]{
+		times("next_attempt_at", func(j *store.Job) time.Time { return j.NextAttemptAt }),
+		floats("duration_seconds", jobSeconds),
+		times("completed_at", func(j *store.Job) time.Time { return j.CompletedAt }),
+		payloads("resource_usage", func(j *store.Job) []byte { return j.ResourceUsage }),
+		payloads("security_context", func(j *store.Job) []byte { return j.SecurityContext }),
+		payloads("output_data", func(j *store.Job) []byte { return j.Output }),
+	}, faults(func(j *store.Job) *fault.Error { return j.Err })...)
+
+	newJobColumns    = append(append([]column[*store.Job]{}, startColumns...), bornColumns...)
+	fullJobColumns   = append(append([]column[*store.Job]{}, newJobColumns...), endColumns...)
+	adoptColumns     = append(append([]column[*store.Job]{}, startColumns...), endColumns...)
+	changeJobColumns = append([]column[*store.Job]{
+		ids("id", func(j *store.Job) string { return j.ID }),
+		ids("run_id", func(j *store.Job) string { return j.RunID }),
+		texts("status", func(j *store.Job) string { return string(j.Status) }),
+		numbers("attempts", func(j *store.Job) int64 { return int64(j.Attempts) }),
+		numbers("sequence", func(j *store.Job) int64 { return j.Sequence }),
+		times("started_at", func(j *store.Job) time.Time { return j.StartedAt }),
+	}, endColumns...)
+)
+
+// atStart reports whether a job has nothing yet of what comes with its end.
+func atStart(j *store.Job) bool {
+	return j.NextAttemptAt.IsZero() && j.CompletedAt.IsZero() && j.Err == nil &&
+		len(j.ResourceUsage) == 0 && len(j.SecurityContext) == 0 && len(j.Output) == 0
+}
+
+var stepColumns = append([]column[*store.Step]{
+	ids("run_id", func(s *store.Step) string { return s.RunID }),
+	texts("step_path", func(s *store.Step) string { return s.StepPath }),
+	numbers("generation", func(s *store.Step) int64 { return int64(s.Generation) }),
+	texts("kind", func(s *store.Step) string { return s.Kind }),
+	texts("status", func(s *store.Step) string { return string(s.Status) }),
+	nullTexts("name", func(s *store.Step) string { return s.Name }),
+	times("until", func(s *store.Step) time.Time { return s.Until }),
+	numbers("sequence", func(s *store.Step) int64 { return s.Sequence }),
+	times("started_at", func(s *store.Step) time.Time { return s.StartedAt }),
+	times("completed_at", func(s *store.Step) time.Time { return s.CompletedAt }),
+	payloads("data", func(s *store.Step) []byte { return s.Data }),
+}, faults(func(s *store.Step) *fault.Error { return s.Err })...)
+
+// taken is a signal that a step takes.
+type taken struct {
+	id          int64
+	runID, path string
+}
+
+var takenColumns = []column[taken]{
+	numbers("id", func(t taken) int64 { return t.id }),
+	ids("run_id", func(t taken) string { return t.runID }),
+	texts("path", func(t taken) string { return t.path }),
+}
+
+// integers are the columns whose parameters are bigint and that are narrower.
+var integers = map[string]bool{
+	"retries": true, "generation": true, "attempts": true, "max_attempts": true, "error_attempts": true,
+}
+
+// plainValue is a column of d as a table other than tb_job_run keeps it.
+func plainValue(name string) string {
+	switch {
+	case integers[name]:
+		return "d." + name + "::integer"
+	case strings.HasSuffix(name, "_data") || name == "entity_row" || name == "data":
+		return "d." + name + "::jsonb"
+	}
+	return "d." + name
+}
+
+// jobValue is a column of d as tb_job_run keeps it. What a column of another type cannot hold is null.
+func (s *statements) jobValue(name, array string) string {
+	kind := s.types[name]
+	value := "d." + name
+	if name == "created_at" {
+		value = "coalesce(d.created_at, now())"
+	}
+	switch {
+	case kind == array || kind == "":
+		return value
+	case kind == "uuid" && array == "text":
+		return "CASE WHEN " + value + " ~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$' THEN " + value + "::uuid END"
+	case isInteger(kind) && array == "text":
+		return "CASE WHEN " + value + " ~ '^-?[0-9]{1,18}$' THEN " + value + "::" + kind + " END"
+	case isInteger(kind) && array == "double precision":
+		return "ceil(" + value + ")::" + kind
+	}
+	return value + "::" + kind
+}
+
+func isInteger(kind string) bool { return kind == "integer" || kind == "bigint" || kind == "smallint" }
+
+func newStatements(types map[string]string) *statements {
+	s := &statements{types: types}
+	s.jobColumns = s.readJob()
+
+	s.createRuns = insert("jobs.tb_workflow_run", runColumns, func(c column[*store.Record]) string {
+		if c.name == "created_at" {
+			return "coalesce(d.created_at, now())"
+		}
+		return plainValue(c.name)
+	})
+	const touch = `WITH changed AS (UPDATE jobs.tb_workflow_run r SET sequence = greatest(r.sequence, d.sequence), updated_at = now()`
+	fence := func(from string, n int) string {
+		return fmt.Sprintf(` FROM %s WHERE r.id = d.id AND r.epoch = d.epoch RETURNING 1)
+			SELECT jobs.fn_expect(count(*), $%d, 'fence') FROM changed`, from, n+1)
+	}
+	s.touchRuns = touch + fence(source(touchColumns), len(touchColumns))
+	set := touch
+	for _, c := range changeColumns[:len(changeColumns)-len(touchColumns)] {
+		set += fmt.Sprintf(", %s = coalesce(%s, r.%[1]s)", c.name, plainValue(c.name))
+	}
+	s.changeRuns = set + fence(source(changeColumns), len(changeColumns))
+	s.retryRuns = touch + `, status = 'running', retries = r.retries + 1, output_data = NULL,
+		error_code = NULL, error_message = NULL, error_retryable = NULL, error_attempts = NULL,
+		started_at = coalesce(d.started_at, r.started_at), completed_at = NULL, cancel_requested = false, cancel_reason = NULL` +
+		fence(source(retryColumns), len(retryColumns))
+
+	jobValue := func(c column[*store.Job]) string { return s.jobValue(c.name, c.array) }
+	s.insertNewJobs = insert("jobs.tb_job_run", newJobColumns, jobValue)
+	s.insertJobs = insert("jobs.tb_job_run", fullJobColumns, jobValue)
+	// What a client gave and the engine leaves out stays; the row is no longer the queue's.
+	set = "WITH adopted AS (UPDATE jobs.tb_job_run j SET updated_at = now()"
+	for _, c := range adoptColumns[1:] {
+		switch c.name {
+		case "tenant_id", "triggered_by", "correlation_id", "entity_type", "entity_pk", "idempotency_key":
+			set += fmt.Sprintf(", %s = coalesce(%s, j.%[1]s)", c.name, jobValue(c))
+		default:
+			set += fmt.Sprintf(", %s = %s", c.name, jobValue(c))
+		}
+	}
+	s.adoptJobs = set + fmt.Sprintf(` FROM %s WHERE j.id = d.id AND j.status = 'pending' AND j.run_id IS NULL RETURNING j.id),
+		gone AS (DELETE FROM jobs.tb_job_queue q USING adopted a WHERE q.job_id = a.id)
+		SELECT jobs.fn_expect(count(*), $%d, 'adopt') FROM adopted`, source(adoptColumns), len(adoptColumns)+1)
+	set = "WITH changed AS (UPDATE jobs.tb_job_run j SET updated_at = now()"
+	for _, c := range changeJobColumns[2:] {
+		set += fmt.Sprintf(", %s = %s", c.name, jobValue(c))
+	}
+	s.updateJobs = set + fmt.Sprintf(` FROM %s WHERE j.id = d.id AND j.run_id = d.run_id RETURNING 1)
+		SELECT jobs.fn_expect(count(*), $%d, 'job') FROM changed`, source(changeJobColumns), len(changeJobColumns)+1)
+
+	set = ""
+	for _, c := range stepColumns[3:] {
+		set += fmt.Sprintf(", %s = excluded.%[1]s", c.name)
+	}
+	s.upsertSteps = insert("jobs.tb_workflow_step", stepColumns, func(c column[*store.Step]) string { return plainValue(c.name) }) +
+		" ON CONFLICT (run_id, step_path, generation) DO UPDATE SET " + set[2:]
+	s.takeSignals = fmt.Sprintf(`WITH changed AS (UPDATE jobs.tb_workflow_signal s SET taken_by = d.path FROM %s
+		WHERE s.id = d.id AND s.run_id = d.run_id AND (s.taken_by IS NULL OR s.taken_by = d.path) RETURNING 1)
+		SELECT jobs.fn_expect(count(*), $%d, 'signal') FROM changed`, source(takenColumns), len(takenColumns)+1)
+	return s
+}
+
+// insert is the statement that inserts rows, in the order of the parameters.
+func insert[T any](table string, columns []column[T], value func(column[T]) string) string {
+	var names, values []string
+	for _, c := range columns {
+		names = append(names, c.name)
+		values = append(values, value(c))
+	}
+	return "INSERT INTO " + table + " (" + strings.Join(names, ", ") + ") SELECT " + strings.Join(values, ", ") + " FROM " + source(columns)
+}
+
+// readJob selects the columns of a job j and its run r. Where the job's own column cannot hold the text, the run has it.
+func (s *statements) readJob() string {
+	text := func(name, run string) string {
+		if run != "" {
+			return fmt.Sprintf("coalesce(j.%s::text, %s, '')", name, run)
+		}
+		return fmt.Sprintf("coalesce(j.%s::text, '')", name)
+	}
+	lossy := func(name, run string) string {
+		if kind := s.types[name]; kind == "text" || kind == "" {
+			return text(name, "")
+		}
+		return text(name, run)
+	}
+	return strings.Join([]string{
+		"j.id::text", text("idempotency_key", ""), text("run_id", ""), text("step_path", ""), "j.generation",
+		"j.service_name::text", "j.operation::text", "j.execution_type::text", "j.status::text",
+		"coalesce(j.attempts, 0)", "coalesce(j.max_attempts, 0)", "j.next_attempt_at", "coalesce(j.timeout_seconds, 0)::double precision", "j.sequence",
+		text("error_code", ""), text("error_message", ""), "coalesce(j.error_retryable, false)", "coalesce(j.error_attempts, 0)",
+		text("tenant_id", "r.tenant_id"), text("triggered_by", "r.triggered_by"), lossy("correlation_id", "r.correlation_id"),
+		lossy("entity_type", "r.entity"), lossy("entity_pk", "r.entity_id"),
+		"j.created_at::timestamptz", "j.started_at::timestamptz", "j.completed_at::timestamptz",
+		"j.resource_usage", "j.security_context", "j.runner_config", "j.output_data::jsonb", "j.input_data::jsonb",
+	}, ", ")
+}
