@@ -1,13 +1,20 @@
 package command
 
 import (
+	"context"
 	"errors"
 	"net/url"
+	"os/signal"
 	"strings"
+	"syscall"
 
+	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/specql/mesh/cmd/specql/internal/jsonform"
+	"github.com/specql/mesh/cmd/specql/internal/terminal"
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/services/orchestrator/schema"
 )
 
 // database is the flag of commands that work on a PostgreSQL database without a server.
@@ -103,4 +110,59 @@ func (d *database) hideIn(text string) string {
 		}
 	}
 	return text
+}
+
+// withDatabase makes a command that works on the database of its flags.
+func withDatabase(s IO, cmd *cobra.Command, do func(ctx context.Context, d *database, out *output) error) *cobra.Command {
+	var d database
+	var out output
+	d.register(cmd.Flags())
+	out.register(cmd.Flags())
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := out.check(); err != nil {
+			return err
+		}
+		if err := d.resolve(s, cmd.Flags()); err != nil {
+			return err
+		}
+		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
+		defer stop()
+		err := do(ctx, &d, &out)
+		if _, ok := errors.AsType[*exitError](err); ok {
+			return err
+		}
+		return d.hide(err)
+	}
+	return cmd
+}
+
+// findings prints what a check found, each with its mend; there being any is a failure.
+func (s IO) findings(out *output, problems []schema.Problem, fine string) error {
+	if out.json() {
+		list := make([]jsonform.Object, 0, len(problems))
+		for _, p := range problems {
+			list = append(list, jsonform.Object{{Name: "message", Value: p.What}, {Name: "mend", Value: p.Mend}})
+		}
+		if err := s.print(jsonform.Object{{Name: "valid", Value: len(problems) == 0}, {Name: "problems", Value: list}}); err != nil {
+			return err
+		}
+	} else {
+		screen := s.out()
+		lines := make([]string, 0, len(problems)+1)
+		for _, p := range problems {
+			lines = append(lines, screen.Paint(terminal.Red, "error")+": "+terminal.Clean(p.What+"; "+p.Mend))
+		}
+		if len(problems) == 0 {
+			lines = append(lines, screen.Paint(terminal.Green, fine))
+		} else {
+			lines = append(lines, screen.Paint(terminal.Red, count(len(problems), "problem")))
+		}
+		if err := s.lines(lines, ""); err != nil {
+			return err
+		}
+	}
+	if len(problems) > 0 {
+		return errShown
+	}
+	return nil
 }

@@ -36,6 +36,8 @@ func TestNoPasswordIsShown(t *testing.T) {
 		err := checkDatabaseURL(text)
 		require.Error(t, err, text)
 		require.NotContains(t, err.Error(), "s3cret")
-		require.Equal(t, Misuse, err.(*exitError).status)
+		exit, ok := errors.AsType[*exitError](err)
+		require.True(t, ok)
+		require.Equal(t, Misuse, exit.status)
 	}
 }
