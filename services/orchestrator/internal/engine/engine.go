@@ -396,6 +396,7 @@ func (e *Engine) load(id string, retry bool) {
 	if err := e.register(r); err != nil {
 		r.stop(nil)
 		e.slots.release()
+		e.retryLater(id) // an earlier walk of it, under another epoch, is just ending
 		return
 	}
 	err := r.restore(e.base, retry)
