@@ -51,7 +51,7 @@ func run() int {
 	flags.StringVar(&s.listen, "listen", "127.0.0.1:7350", "address of the gRPC API")
 	flags.StringVar(&s.console, "console", "", "address of the console over HTTP; none if empty")
 	flags.StringVar(&s.metrics, "metrics", "", "address of /metrics, /healthz and /readyz over HTTP; none if empty")
-	flags.StringVar(&s.database, "database", "", "sqlite:PATH")
+	flags.StringVar(&s.database, "database", "", "sqlite:PATH, or the URL of a PostgreSQL database, such as postgres://specql@db/specql")
 	flags.StringVar(&s.registry, "registry", "", "file of the service registry; without it, what the database has is in force")
 	flags.StringVar(&s.entities, "entities", "", "folder of the entity files")
 	flags.StringVar(&s.env, "env", "", "overlay of the registry, such as production")

@@ -29,6 +29,7 @@ import (
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/registry"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
+	"github.com/specql/mesh/services/orchestrator/internal/store/postgres"
 	"github.com/specql/mesh/services/orchestrator/internal/store/sqlite"
 )
 
@@ -42,7 +43,7 @@ type Options struct {
 	Console net.Listener
 	// Metrics is the listener of /metrics, /healthz and /readyz over HTTP; nil for none. Run closes it.
 	Metrics net.Listener
-	// Database is sqlite:PATH.
+	// Database is sqlite:PATH or the URL of a PostgreSQL database.
 	Database string
 	// Registry and Entities are what is in force at the start. Without a registry, what the
 	// database has is in force.
@@ -168,17 +169,34 @@ func Run(ctx context.Context, o Options) (err error) {
 	return group.Wait()
 }
 
+// openWait is how long an orchestrator that starts waits for its PostgreSQL.
+const openWait = time.Minute
+
 func openStore(ctx context.Context, o Options) (store.Store, error) {
-	path, ok := strings.CutPrefix(o.Database, "sqlite:")
-	if !ok || path == "" {
-		scheme, _, _ := strings.Cut(o.Database, ":")
-		return nil, fault.New(fault.Validation, "--database: %q is no database that this version knows; write sqlite:PATH", scheme)
+	scheme, path, _ := strings.Cut(o.Database, ":")
+	switch {
+	case scheme == "sqlite" && path != "":
+		st, err := sqlite.Open(ctx, sqlite.Options{Path: path, Logger: o.Logger})
+		if err != nil {
+			return nil, fmt.Errorf("open the database: %w", err)
+		}
+		return st, nil
+	case scheme == "postgres" || scheme == "postgresql":
+		for began := time.Now(); ; {
+			st, err := postgres.Open(ctx, postgres.Options{URL: o.Database, Logger: o.Logger})
+			if err == nil {
+				return st, nil
+			}
+			if !errors.Is(err, store.ErrUnavailable) || time.Since(began) > openWait || ctx.Err() != nil {
+				return nil, fmt.Errorf("open the database: %w", err)
+			}
+			o.Logger.Warn("the database does not answer yet", "error", err)
+			if err := (engine.SystemClock{}).Sleep(ctx, time.Second); err != nil {
+				return nil, fmt.Errorf("open the database: %w", err)
+			}
+		}
 	}
-	st, err := sqlite.Open(ctx, sqlite.Options{Path: path, Logger: o.Logger})
-	if err != nil {
-		return nil, fmt.Errorf("open the database: %w", err)
-	}
-	return st, nil
+	return nil, fault.New(fault.Validation, "--database: this is no database that is known; write sqlite:PATH, or postgres://USER@HOST/DATABASE")
 }
 
 func loadRegistry(ctx context.Context, reg *registry.Registry, o Options) error {
