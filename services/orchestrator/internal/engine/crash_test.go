@@ -95,8 +95,11 @@ output: {all: "$flaky.all", why: "$flaky.why", left: "$left.n"}
 // the outcome nor which calls arrive; a repeated call carries the same key.
 func TestCrashAtEveryWrite(t *testing.T) {
 	t.Parallel()
+	onEachDatabase(t, crashAtEveryWrite)
+}
+
+func crashAtEveryWrite(t *testing.T, w *world) {
 	const want = `{"all":[{"v":1,"of":9},{"v":2,"of":9},{"v":3,"of":9}],"why":"REMOTE_ERROR","left":1}`
-	w := newWorld(t)
 	req := w.request(crashWorkflow, map[string]any{"n": 9.0})
 	for _, after := range []bool{false, true} {
 		writes := int64(0)

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -20,7 +21,9 @@ import (
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
 	"github.com/specql/mesh/services/orchestrator/internal/plan"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
+	"github.com/specql/mesh/services/orchestrator/internal/store/postgres"
 	"github.com/specql/mesh/services/orchestrator/internal/store/sqlite"
+	"github.com/specql/mesh/test/pgtest"
 )
 
 // Random workflows write to a real database each; -rapid.checks says otherwise.
@@ -31,7 +34,16 @@ func TestMain(m *testing.M) {
 	if err := flag.Set("rapid.checks", randomChecks); err != nil {
 		panic(err)
 	}
-	goleak.VerifyTestMain(m)
+	code := m.Run()
+	if err := pgtest.Shutdown(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	if err := goleak.Find(); code == 0 && err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
 // testRegistry has operations whose behaviour the fake dispatcher takes from their names.
@@ -74,7 +86,7 @@ actions:
 // world is a store and the calls that arrived, which outlive engines.
 type world struct {
 	t        *testing.T
-	store    *sqlite.Store
+	store    store.Store
 	registry *spec.Registry
 	entity   *spec.Entity
 
@@ -92,6 +104,25 @@ func newWorld(t *testing.T) *world {
 	t.Helper()
 	st, err := sqlite.Open(t.Context(), sqlite.Options{Path: filepath.Join(t.TempDir(), "specql.db"), Logger: slog.New(slog.DiscardHandler)})
 	require.NoError(t, err)
+	return newWorldOn(t, st)
+}
+
+// onEachDatabase runs a test on every database that there is.
+func onEachDatabase(t *testing.T, test func(t *testing.T, w *world)) {
+	t.Helper()
+	t.Run("SQLite", func(t *testing.T) { test(t, newWorld(t)) })
+	t.Run("PostgreSQL", func(t *testing.T) {
+		url := pgtest.Database(t)
+		_, err := postgres.Migrate(t.Context(), postgres.Options{URL: url})
+		require.NoError(t, err)
+		st, err := postgres.Open(t.Context(), postgres.Options{URL: url})
+		require.NoError(t, err)
+		test(t, newWorldOn(t, st))
+	})
+}
+
+func newWorldOn(t *testing.T, st store.Store) *world {
+	t.Helper()
 	t.Cleanup(func() { require.NoError(t, st.Close()) })
 	reg, problems := spec.ParseRegistry(spec.File{Name: "registry.yaml", Content: []byte(testRegistry)}, spec.Options{})
 	require.NoError(t, problems.Err())

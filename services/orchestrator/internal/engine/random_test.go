@@ -91,7 +91,10 @@ func (a *author) call(seen []string) (string, []string) {
 // without that, and a target can tell a repeated call by its key.
 func TestRandomWorkflowsEndTheSameWithACrash(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
+	onEachDatabase(t, randomWorkflowsEndTheSame)
+}
+
+func randomWorkflowsEndTheSame(t *testing.T, w *world) {
 	n := 0
 	rapid.Check(t, func(rt *rapid.T) {
 		n++
