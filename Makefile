@@ -6,7 +6,7 @@ SHELL       := /bin/bash
 ROOT    := $(CURDIR)
 BIN     := $(ROOT)/.bin
 MODULES := gen pkg migrations services/orchestrator services/http-runner services/shell-runner services/docker-runner \
-           services/serverless-runner cmd/specql examples examples/custom-runner test/e2e test/faults test/imports test/pgtest
+           services/serverless-runner cmd/specql examples examples/custom-runner test/ddl test/e2e test/faults test/imports test/pgtest
 PACKAGES := $(addprefix ./,$(addsuffix /...,$(MODULES)))
 FUZZTIME ?= 30s
 
@@ -82,9 +82,21 @@ modules: ## Each module builds alone and its go.mod is tidy
 		(cd $$m && GOWORK=off go build -o /dev/null ./... && GOWORK=off go mod tidy -diff) || exit 1; \
 	done
 
+DURATION ?= 10m
+SEED     ?= 0
+
+.PHONY: chaos
+chaos: ## Random faults for DURATION under load, then a check that nothing was lost; SEED repeats a schedule of faults
+	go test -count=1 -v -timeout 0 -run '^TestChaos$$' ./test/faults -chaos $(DURATION) -seed $(SEED)
+
+.PHONY: bench-front-door
+bench-front-door: ## 10,000 rows inserted by one SQL statement, and how soon a single one is picked up
+	go test -count=1 -timeout 30m -run '^$$' -bench FrontDoor -benchtime 1x ./test/faults
+	go test -count=1 -timeout 30m -run '^$$' -bench Pickup -benchtime 200x ./test/faults
+
 .PHONY: fuzz
 fuzz: ## Fuzz every parser for FUZZTIME each
-	@for pkg in ./pkg/spec ./pkg/spec/expr; do \
+	@for pkg in ./pkg/spec ./pkg/spec/expr ./pkg/spec/ddl; do \
 		for target in $$(go test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
 			echo "$$pkg $$target"; go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) $$pkg; \
 		done; \

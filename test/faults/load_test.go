@@ -3,7 +3,6 @@ package faults
 import (
 	"context"
 	"fmt"
-	"os/exec"
 	"strings"
 	"sync"
 	"time"
@@ -90,10 +89,4 @@ func (l *load) begin(ctx context.Context, n int, key string, s *shape) error {
 			return fmt.Errorf("start %s: %w", key, err) // it may have been started all the same
 		}
 	}
-}
-
-// command runs a program to its end and gives what it wrote.
-func command(ctx context.Context, name string, args ...string) (string, error) {
-	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
-	return string(out), err
 }

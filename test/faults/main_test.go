@@ -13,8 +13,8 @@ import (
 
 // Flags of TestChaos; `make chaos` sets them.
 var (
-	chaosFor  = flag.Duration("chaos", 0, "how long TestChaos goes on; 0 skips it")
-	chaosSeed = flag.Uint64("seed", 0, "the seed of the faults; 0 takes one from the clock")
+	chaosFor  = flag.Duration("chaos", 8*time.Second, "how long TestChaos goes on")
+	chaosSeed = flag.Uint64("seed", 1, "the seed of the faults; 0 takes one from the clock")
 )
 
 // suite ends what all tests share, after the last and before goroutines are counted.

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -45,6 +46,8 @@ type node struct {
 
 	mu   sync.Mutex
 	proc *process
+	// again says that it has been ready once: from then on one that ends is started again.
+	again bool
 	// peakMB is the most memory that any of its processes held.
 	peakMB float64
 }
@@ -121,10 +124,10 @@ func startMesh(t testing.TB, s size) *mesh {
 }
 
 // apply puts a registry in force through one orchestrator.
-func (m *mesh) apply(ctx context.Context, o *orchestrator, registry string) {
+func (m *mesh) apply(ctx context.Context, o *orchestrator, registry string, entities ...*specqlv1.Document) {
 	m.t.Helper()
 	res, err := o.client.Registry().ApplyRegistry(ctx, &specqlv1.ApplyRegistryRequest{
-		Registry: &specqlv1.Document{Name: "registry.yaml", Content: []byte(registry)},
+		Registry: &specqlv1.Document{Name: "registry.yaml", Content: []byte(registry)}, Entities: entities,
 	})
 	require.NoError(m.t, err)
 	require.True(m.t, res.GetApplied(), "%v", res.GetProblems())
@@ -150,12 +153,14 @@ func (m *mesh) makeFolders() {
 	m.specql("certs", m.certs)
 }
 
-// specql runs a command to its end.
+// specql runs a command to its end and gives what it printed.
 func (m *mesh) specql(args ...string) string {
 	m.t.Helper()
-	out, err := command(m.t.Context(), program(m.t, "specql"), args...)
-	require.NoError(m.t, err, "%s", out)
-	return out
+	cmd := exec.CommandContext(m.t.Context(), program(m.t, "specql"), args...)
+	var stdout, stderr strings.Builder
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	require.NoError(m.t, cmd.Run(), "specql %v\n%s", args, &stderr)
+	return stdout.String()
 }
 
 func (m *mesh) startDatabase() {
@@ -243,7 +248,7 @@ func (m *mesh) linksToRunners(n int) []*link {
 	return links
 }
 
-// start starts the orchestrator, again after it has ended.
+// start starts the orchestrator, again after it has ended, and returns when it is ready.
 func (o *orchestrator) start(ctx context.Context) error {
 	address, err := o.launch(ctx, "orchestrator", "api", o.args)
 	if err == nil {
@@ -252,7 +257,7 @@ func (o *orchestrator) start(ctx context.Context) error {
 	return err
 }
 
-// start starts the runner, again after it has ended.
+// start starts the runner, again after it has ended, and returns when it is ready.
 func (r *runner) start(ctx context.Context) error {
 	address, err := r.launch(ctx, "http-runner", "address", r.args)
 	if err != nil {
@@ -268,12 +273,31 @@ func (r *runner) start(ctx context.Context) error {
 	return nil
 }
 
+// launch starts a process of the node until one is ready, as a supervisor does: one that finds no database ends.
 func (n *node) launch(ctx context.Context, binary, field string, args []string) (string, error) {
-	p := launch(n.m.t, n.m.logs, n.name, binary, args...)
-	n.mu.Lock()
-	n.proc = p
-	n.mu.Unlock()
-	return p.untilReady(ctx, field)
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		p, err := launch(n.m.logs, n.name, binary, args...)
+		if err != nil {
+			return "", err
+		}
+		n.mu.Lock()
+		n.proc = p
+		n.mu.Unlock()
+		address, err := p.untilReady(ctx, field)
+		if err == nil || ctx.Err() != nil || p.alive() || !n.again {
+			n.again = n.again || err == nil
+			return address, err
+		}
+		pause := time.NewTimer(200 * time.Millisecond)
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+			pause.Stop()
+			return "", err
+		}
+	}
 }
 
 func (n *node) process() *process {
@@ -316,6 +340,15 @@ func (m *mesh) close() {
 		}
 	}
 	all.Wait()
+	for _, n := range m.nodes() {
+		for line := range lines(tail(filepath.Join(m.logs, n.name+".log"), 1<<30)) {
+			for _, sign := range []string{"panic", "fatal error:", "DATA RACE"} {
+				if strings.Contains(line, sign) {
+					m.t.Errorf("%s: %s", n.name, line)
+				}
+			}
+		}
+	}
 	if m.t.Failed() {
 		m.t.Logf("the logs are in %s", m.logs)
 		for _, n := range m.nodes() {

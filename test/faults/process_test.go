@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -87,24 +88,32 @@ type process struct {
 	ready chan map[string]any
 	ended chan struct{}
 
-	mu      sync.Mutex
-	stopped bool
-	peakMB  float64
+	mu     sync.Mutex
+	peakMB float64
 }
 
 // launch starts a program; its log goes to logs/NAME.log, after what was there.
-func launch(t testing.TB, logs, name, binary string, args ...string) *process {
-	t.Helper()
+func launch(logs, name, binary string, args ...string) (*process, error) {
+	dir, err := programs()
+	if err != nil {
+		return nil, err
+	}
 	p := &process{
 		name: name, log: filepath.Join(logs, name+".log"), began: time.Now(),
-		cmd: exec.Command(program(t, binary), args...), ready: make(chan map[string]any, 1), ended: make(chan struct{}),
+		cmd: exec.Command(filepath.Join(dir, binary), args...), ready: make(chan map[string]any, 1), ended: make(chan struct{}),
 	}
 	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	require.NoError(t, err)
+	if err != nil {
+		return nil, err
+	}
 	p.cmd.Env = []string{"LANG=C.UTF-8", "PATH=" + os.Getenv("PATH"), "HOME=" + logs}
 	stderr, err := p.cmd.StderrPipe()
-	require.NoError(t, err)
-	require.NoError(t, nursery.start(p.cmd))
+	if err == nil {
+		err = nursery.start(p.cmd)
+	}
+	if err != nil {
+		return nil, errors.Join(err, log.Close())
+	}
 	go func() {
 		defer close(p.ended)
 		lines := bufio.NewReader(stderr)
@@ -125,13 +134,11 @@ func launch(t testing.TB, logs, name, binary string, args ...string) *process {
 		_ = p.cmd.Wait() // how it ended is in cmd.ProcessState
 		_ = log.Close()
 	}()
-	return p
+	return p, nil
 }
 
 // untilReady waits for the ready line and gives one of its fields.
 func (p *process) untilReady(ctx context.Context, field string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
 	select {
 	case entry := <-p.ready:
 		address, _ := entry[field].(string)
