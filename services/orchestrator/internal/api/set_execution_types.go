@@ -25,7 +25,10 @@ func (r *Registry) SetExecutionTypes(ctx context.Context, req *specqlv1.SetExecu
 			continue
 		}
 		for _, name := range names {
-			if _, there := known[name]; !there {
+			switch _, there := known[name]; {
+			case name == "" || len(name) > maxName:
+				v.Add(field, "a name has between 1 and %d bytes", maxName)
+			case !there && field == "disable":
 				v.Add(field, "there is no execution type %.255q; those there are: %s", name, strings.Join(sorted(known), ", "))
 			}
 		}

@@ -76,6 +76,7 @@ type Reader interface {
 // the code VALIDATION; any other error may pass.
 type Intake interface {
 	PrepareRun(ctx context.Context, r *store.Run) (*StartRequest, error)
+	// PrepareJob also sets the job's execution type to that of its service, where there is one.
 	PrepareJob(ctx context.Context, j *store.Job) (*StartRequest, error)
 }
 

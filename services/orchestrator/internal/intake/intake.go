@@ -246,7 +246,12 @@ func (in *Intake) PrepareJob(ctx context.Context, j *store.Job) (*engine.StartRe
 	if err != nil {
 		return nil, fault.New(fault.Validation, "input_data %v", err)
 	}
-	if problem := find(in.Registry.Current().Registry, j.Service, j.Operation); problem != nil {
+	reg := in.Registry.Current().Registry
+	said := j.ExecutionType
+	if s := reg.Service(j.Service); s != nil {
+		j.ExecutionType = s.ExecutionType
+	}
+	if problem := find(reg, j.Service, j.Operation); problem != nil {
 		return nil, problem
 	}
 	start, err := in.sql(in.Prepare(ctx, &Request{
@@ -258,8 +263,8 @@ func (in *Intake) PrepareJob(ctx context.Context, j *store.Job) (*engine.StartRe
 	}
 	call := start.Plan.Calls()[0]
 	// 'http' is what the column says where the client says nothing.
-	if t := j.ExecutionType; t != "" && t != "http" && t != call.Service.ExecutionType {
-		return nil, fault.New(fault.Validation, "execution_type is %q, but service %s is of type %s; leave the column out", t, j.Service, call.Service.ExecutionType)
+	if said != "" && said != "http" && said != call.Service.ExecutionType {
+		return nil, fault.New(fault.Validation, "execution_type is %q, but service %s is of type %s; leave the column out", said, j.Service, call.Service.ExecutionType)
 	}
 	start.Action, start.Adopt = call.Service.Name+"."+call.Operation.Name, j
 	return start, nil
