@@ -58,6 +58,12 @@ type row struct {
 	Open int
 }
 
+// loose is a call that a client inserted by SQL, by the run that its input names.
+type loose struct {
+	Name, Status, Error string
+	Attempts            int
+}
+
 // query reads rows into structs.
 func query[T any](ctx context.Context, t testing.TB, db *pgxpool.Pool, sql string, args ...any) []T {
 	t.Helper()
@@ -74,7 +80,14 @@ func changes(ctx context.Context, t testing.TB, db *pgxpool.Pool) []change {
 	return query[change](ctx, t, db, "SELECT n, at, tx, writer, run, owner, epoch, status, sequence FROM audit.tb_change ORDER BY n")
 }
 
-// runRows are all runs with what their jobs came to.
+// looseRows are the calls that were inserted by SQL under names that begin so.
+func looseRows(ctx context.Context, t testing.TB, db *pgxpool.Pool) []loose {
+	t.Helper()
+	return query[loose](ctx, t, db, `
+SELECT input_data ->> 'run', status, coalesce(error_message, ''), attempts FROM jobs.tb_job_run WHERE input_data ->> 'run' LIKE $1 || '%' ORDER BY 1`, loosePrefix)
+}
+
+// runRows are all runs with what their jobs came to, but for those that carry out a call that was inserted by SQL.
 func runRows(ctx context.Context, t testing.TB, db *pgxpool.Pool) []row {
 	t.Helper()
 	return query[row](ctx, t, db, `
@@ -83,7 +96,8 @@ SELECT r.id::text, r.status, coalesce(r.owner, ''), r.epoch, coalesce(r.idempote
        coalesce((SELECT jsonb_object_agg(step, n) FROM (
            SELECT coalesce(j.input_data ->> 'step', j.step_path) AS step, count(*) AS n FROM jobs.tb_job_run j WHERE j.run_id = r.id GROUP BY 1) s), '{}'),
        (SELECT count(*) FROM jobs.tb_job_run j WHERE j.run_id = r.id AND j.status <> 'completed')
-FROM jobs.tb_workflow_run r ORDER BY r.id`)
+FROM jobs.tb_workflow_run r
+WHERE NOT EXISTS (SELECT FROM jobs.tb_job_run j WHERE j.run_id = r.id AND j.input_data ->> 'run' LIKE $1 || '%') ORDER BY r.id`, loosePrefix)
 }
 
 // unfinished counts the runs that have not ended.

@@ -29,7 +29,7 @@ const (
 type strike struct {
 	at    time.Duration
 	lasts time.Duration
-	// kind is what happens to target, a part of the mesh such as o1, http-runner-2, database, o1-database or o1-http-runner-2.
+	// kind is what happens to target, a part of the mesh such as o1, http-runner-2, database, or a link: o1-database, o1-http-runner-2, o1-clients.
 	kind, target string
 }
 
@@ -64,6 +64,7 @@ func schedule(seed uint64, length time.Duration, size size) []strike {
 		for _, to := range []func() string{
 			func() string { return fmt.Sprintf("o%d-database", pick(size.orchestrators)) },
 			func() string { return fmt.Sprintf("o%d-http-runner-%d", pick(size.orchestrators), pick(size.runners)) },
+			func() string { return fmt.Sprintf("o%d-clients", pick(size.orchestrators)) },
 		} {
 			kinds = append(kinds, struct {
 				weight      int
@@ -103,7 +104,7 @@ func TestScheduleOfASeed(t *testing.T) {
 	seen := map[string]bool{}
 	for _, f := range first {
 		kind := "network"
-		if !strings.Contains(f.target, "-database") && !strings.Contains(f.target, "-http") {
+		if !strings.HasPrefix(f.target, "o") || !strings.Contains(f.target, "-") {
 			kind = strings.TrimRight(f.target, "0123456789")
 		}
 		seen[f.kind+" "+kind] = true
@@ -189,6 +190,9 @@ func (c *chaos) strike(s strike) (undo func() error) {
 		}
 		if s.target == o.name+"-database" {
 			return strikeLink(s.kind, o.db)
+		}
+		if s.target == o.name+"-clients" {
+			return strikeLink(s.kind, o.api)
 		}
 		for n, r := range c.m.runners {
 			if s.target == o.name+"-"+r.name {
@@ -280,6 +284,10 @@ func TestChaos(t *testing.T) {
 			// A start that is under way at the end is followed up: what was asked for has an answer.
 			asking, cancel := context.WithTimeout(t.Context(), length+patience)
 			defer cancel()
+			if n%5 == 0 {
+				c.note(l.insert(asking, n))
+				return
+			}
 			c.note(l.begin(asking, n, fmt.Sprintf("chaos-%d", n), shapes[n%len(shapes)]))
 		})
 	}
@@ -293,6 +301,12 @@ func TestChaos(t *testing.T) {
 	for _, err := range c.errs {
 		bad = append(bad, err.Error())
 	}
+	// What died is not kept for ever, nor is what was taken up.
+	var queued, known int
+	require.Eventually(t, func() bool {
+		err := m.db.QueryRow(t.Context(), "SELECT (SELECT count(*) FROM jobs.tb_job_queue), (SELECT count(*) FROM jobs.tb_orchestrator)").Scan(&queued, &known)
+		return err == nil && queued == 0 && known == s.orchestrators
+	}, patience, 50*time.Millisecond, "seed %d: the database knows the orchestrators that live, and no call that was taken up", seed)
 	for _, n := range m.nodes() {
 		if p := n.process(); !p.alive() {
 			bad = append(bad, fmt.Sprintf("%s ended by itself: %s", n.name, p.cmd.ProcessState))

@@ -3,6 +3,7 @@ package faults
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -27,15 +28,21 @@ type evidence struct {
 	rows         []row
 	effects      []effect
 	changes      []change
+	// inserted are the calls that were asked for by SQL, true for those whose commit was acknowledged.
+	inserted map[string]bool
+	loose    []loose
 }
+
+// loosePrefix begins the name of each call that is inserted by SQL, where its run's id is in other calls.
+const loosePrefix = "sql-"
 
 // summary counts what is no violation, but good to know.
 type summary struct {
-	runs, effects, repeats, takeovers int
+	runs, loose, effects, repeats, takeovers int
 }
 
 func (s summary) String() string {
-	return fmt.Sprintf("%d runs, %d requests of which %d were repeats, %d changes of owner", s.runs, s.effects, s.repeats, s.takeovers)
+	return fmt.Sprintf("%d runs and %d calls by SQL, %d requests of which %d were repeats, %d changes of owner", s.runs, s.loose, s.effects, s.repeats, s.takeovers)
 }
 
 // check gives every violation of what was promised: every run that was acknowledged completed, each of its steps had its effect
@@ -43,7 +50,7 @@ func (s summary) String() string {
 func check(e evidence) (summary, []string) {
 	var bad []string
 	violation := func(format string, args ...any) { bad = append(bad, fmt.Sprintf(format, args...)) }
-	sum := summary{runs: len(e.rows), effects: len(e.effects)}
+	sum := summary{runs: len(e.rows), loose: len(e.loose), effects: len(e.effects)}
 
 	byStep := map[[2]string][]effect{}
 	stepOf := map[string][2]string{}
@@ -116,13 +123,46 @@ func check(e evidence) (summary, []string) {
 			violation("run %s with key %s was acknowledged and is not there", id, key)
 		}
 	}
+	sum.repeats += checkLoose(e, byStep, violation)
 	for id := range byStep {
-		if !known[id[0]] {
+		if !known[id[0]] && !strings.HasPrefix(id[0], loosePrefix) {
 			violation("run %s, step %s: a request of a run that is not there", id[0], id[1])
 		}
 	}
 	sum.takeovers = checkOwners(e.changes, violation)
 	return sum, bad
+}
+
+// checkLoose looks at the calls that were inserted by SQL: each that was committed is one row that has completed, and arrived.
+func checkLoose(e evidence, byStep map[[2]string][]effect, violation func(string, ...any)) (repeats int) {
+	rows := map[string]int{}
+	for _, l := range e.loose {
+		rows[l.Name]++
+		fs := byStep[[2]string{l.Name, "1"}]
+		repeats += max(0, len(fs)-1)
+		switch {
+		case l.Status != "completed":
+			violation("call %s is %s after %d attempts: %s", l.Name, l.Status, l.Attempts, l.Error)
+		case !slices.ContainsFunc(fs, func(f effect) bool { return !f.Ended.IsZero() }):
+			violation("call %s: completed without an answer", l.Name)
+		}
+		for _, f := range fs {
+			if f.Key != fs[0].Key {
+				violation("call %s: keys %s and %s", l.Name, fs[0].Key, f.Key)
+			}
+		}
+	}
+	for name, committed := range e.inserted {
+		if n := rows[name]; n > 1 || n == 0 && committed {
+			violation("call %s has %d rows", name, n)
+		}
+	}
+	for id := range byStep {
+		if strings.HasPrefix(id[0], loosePrefix) && rows[id[0]] == 0 {
+			violation("call %s: a request of a row that was not committed", id[0])
+		}
+	}
+	return repeats
 }
 
 // final says whether nothing follows a state.
@@ -249,11 +289,14 @@ func TestChecker(t *testing.T) {
 		return evidence{
 			asked:        map[string]*shape{"a": two},
 			acknowledged: map[string]string{"a": "r"},
+			inserted:     map[string]bool{"sql-1": true, "sql-2": false}, // the commit of the second failed
+			loose:        []loose{{Name: "sql-1", Status: "completed"}},
 			rows:         []row{{ID: "r", Key: "a", Status: "completed", Token: "k2", Jobs: map[string]int{"1": 1, "2": 1}}},
 			effects: []effect{
 				{Run: "r", Step: "1", Key: "k1", Began: at(1)}, // under way when its runner was killed
 				{Run: "r", Step: "1", Key: "k1", Began: at(5), Ended: at(6)},
 				{Run: "r", Step: "2", Key: "k2", Before: "k1", Began: at(7), Ended: at(8)},
+				{Run: "sql-1", Step: "1", Key: "ks", Began: at(7), Ended: at(8)},
 			},
 			changes: []change{
 				{N: 1, At: at(0), Writer: "o1", Run: "r", Owner: "A", Epoch: 1, Status: "running", Sequence: 1},
@@ -266,7 +309,7 @@ func TestChecker(t *testing.T) {
 	}
 	sum, bad := check(good())
 	require.Empty(t, bad)
-	require.Equal(t, summary{runs: 1, effects: 3, repeats: 1, takeovers: 1}, sum)
+	require.Equal(t, summary{runs: 1, loose: 1, effects: 4, repeats: 1, takeovers: 1}, sum)
 	for _, c := range []struct {
 		name string
 		harm func(*evidence)
@@ -278,7 +321,7 @@ func TestChecker(t *testing.T) {
 		{"open job", func(e *evidence) { e.rows[0].Open = 1 }, "of its jobs are not"},
 		{"two jobs of one step", func(e *evidence) { e.rows[0].Jobs["1"] = 2 }, "2 jobs"},
 		{"wrong output", func(e *evidence) { e.rows[0].Token = "k1" }, "its output"},
-		{"lost effect", func(e *evidence) { e.effects = e.effects[:2] }, "never arrived"},
+		{"lost effect", func(e *evidence) { e.effects = append(e.effects[:2], e.effects[3]) }, "never arrived"},
 		{"another key", func(e *evidence) { e.effects[0].Key = "k0" }, "keys k0 and k1"},
 		{"no key", func(e *evidence) { e.effects[0].Key = "" }, "without a key"},
 		{"one key for two steps", func(e *evidence) { e.effects[2].Key = "k1" }, "as well as"},
@@ -292,6 +335,11 @@ func TestChecker(t *testing.T) {
 		{"stale owner comes back", func(e *evidence) { e.changes[3].Owner = "A"; e.changes[3].Epoch = 2 }, "owners B and A"},
 		{"sequence falls", func(e *evidence) { e.changes[4].Sequence = 2 }, "sequence 2 after 3"},
 		{"completed goes back", func(e *evidence) { e.changes[2].Status = "failed" }, "running after failed"},
+		{"lost row", func(e *evidence) { e.loose = nil }, "call sql-1 has 0 rows"},
+		{"row that failed", func(e *evidence) { e.loose[0].Status = "failed" }, "call sql-1 is failed"},
+		{"row without an effect", func(e *evidence) { e.effects = e.effects[:3] }, "call sql-1: completed without"},
+		{"row with two keys", func(e *evidence) { e.effects = append(e.effects, effect{Run: "sql-1", Step: "1", Key: "ks2"}) }, "keys ks and ks2"},
+		{"call of a row that is not there", func(e *evidence) { e.effects = append(e.effects, effect{Run: "sql-2", Step: "1", Key: "ks2"}) }, "not committed"},
 		{"owner in two processes", func(e *evidence) {
 			e.changes = append(e.changes, change{N: 6, Writer: "o3", Run: "q", Owner: "B", Epoch: 1, Status: "running"})
 		}, "processes o2 and o3"},

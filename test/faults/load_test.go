@@ -59,11 +59,12 @@ type load struct {
 	mu           sync.Mutex
 	asked        map[string]*shape // by key
 	acknowledged map[string]string // ids by key
+	inserted     map[string]bool   // names of calls; true for those that were committed
 	refused      int
 }
 
 func newLoad(m *mesh) *load {
-	return &load{m: m, asked: map[string]*shape{}, acknowledged: map[string]string{}}
+	return &load{m: m, asked: map[string]*shape{}, acknowledged: map[string]string{}, inserted: map[string]bool{}}
 }
 
 // begin starts a run through one orchestrator after the other, beginning with the nth, until one acknowledges it or ctx ends. It is
@@ -87,6 +88,34 @@ func (l *load) begin(ctx context.Context, n int, key string, s *shape) error {
 		l.mu.Unlock()
 		if ctx.Err() != nil {
 			return fmt.Errorf("start %s: %w", key, err) // it may have been started all the same
+		}
+	}
+}
+
+// insert has a call made by SQL, and tries again until the commit is acknowledged or ctx ends. It is one row however often that is.
+func (l *load) insert(ctx context.Context, n int) error {
+	name := fmt.Sprintf("%s%d", loosePrefix, n)
+	l.mu.Lock()
+	l.inserted[name] = false
+	l.mu.Unlock()
+	for {
+		asking, cancel := context.WithTimeout(ctx, 5*time.Second)
+		_, err := l.m.db.Exec(asking, insertJobs+" ON CONFLICT (identifier) DO NOTHING", name, 1)
+		cancel()
+		l.mu.Lock()
+		if err == nil {
+			l.inserted[name] = true
+			l.mu.Unlock()
+			return nil
+		}
+		l.refused++
+		l.mu.Unlock()
+		again := time.NewTimer(100 * time.Millisecond)
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			again.Stop()
+			return fmt.Errorf("insert %s: %w", name, err) // it may be there all the same
 		}
 	}
 }

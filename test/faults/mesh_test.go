@@ -396,7 +396,11 @@ func (m *mesh) verdict(ctx context.Context, l *load) (summary, []string, evidenc
 	m.t.Helper()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e := evidence{asked: l.asked, acknowledged: l.acknowledged, rows: runRows(ctx, m.t, m.db), effects: m.recorder.all(), changes: changes(ctx, m.t, m.db)}
+	e := evidence{
+		asked: l.asked, acknowledged: l.acknowledged, rows: runRows(ctx, m.t, m.db),
+		inserted: l.inserted, loose: looseRows(ctx, m.t, m.db),
+		effects: m.recorder.all(), changes: changes(ctx, m.t, m.db),
+	}
 	sum, bad := check(e)
 	return sum, bad, e
 }
