@@ -94,6 +94,10 @@ bench-front-door: ## 10,000 rows inserted by one SQL statement, and how soon a s
 	go test -count=1 -timeout 30m -run '^$$' -bench FrontDoor -benchtime 1x ./test/faults
 	go test -count=1 -timeout 30m -run '^$$' -bench Pickup -benchtime 200x ./test/faults
 
+.PHONY: bench-store
+bench-store: ## The PostgreSQL store: an old table's upgrade, what a run costs beside a million jobs, transactions a step
+	go run ./services/orchestrator/bench/postgres
+
 .PHONY: fuzz
 fuzz: ## Fuzz every parser for FUZZTIME each
 	@for pkg in ./pkg/spec ./pkg/spec/expr ./pkg/spec/ddl; do \

@@ -78,8 +78,11 @@ func (s *Store) commitAtOnce(ctx context.Context, c *pgx.Conn, records []*store.
 	}
 	b := &pgx.Batch{}
 	b.Queue("BEGIN")
-	if err := s.queue(ctx, c, b, records, rowIDs); err != nil {
-		return err
+	s.queue(b, records)
+	for _, r := range records {
+		if err := s.queueEntity(ctx, c, b, r, rowIDs); err != nil {
+			return err
+		}
 	}
 	committed := false
 	b.Queue("COMMIT").Exec(func(tag pgconn.CommandTag) error {
@@ -106,20 +109,7 @@ func (s *Store) commitEach(ctx context.Context, c *pgx.Conn, records []*store.Re
 	}
 	defer func() { _ = tx.Rollback(ctx) }() // after a commit it does nothing
 	for i, r := range records {
-		err := check(r)
-		if err == nil {
-			b := &pgx.Batch{}
-			b.Queue("SAVEPOINT record")
-			if err = s.queue(ctx, c, b, records[i:i+1], rowIDs); err == nil {
-				b.Queue("RELEASE SAVEPOINT record")
-				err = c.SendBatch(ctx, b).Close()
-				if err != nil && c.PgConn().TxStatus() == 'E' {
-					if _, undo := tx.Exec(ctx, "ROLLBACK TO SAVEPOINT record"); undo != nil {
-						return errors.Join(err, undo)
-					}
-				}
-			}
-		}
+		ofRow, err := s.commitOne(ctx, c, r, rowIDs)
 		if err == nil {
 			continue
 		}
@@ -127,13 +117,48 @@ func (s *Store) commitEach(ctx context.Context, c *pgx.Conn, records []*store.Re
 		if !s.findLosers(err, records[i:i+1]) {
 			return err
 		}
-		reason, err := explain(ctx, tx, r, err)
+		if c.PgConn().TxStatus() == 'E' {
+			if _, undo := tx.Exec(ctx, "ROLLBACK TO SAVEPOINT record"); undo != nil {
+				return errors.Join(err, undo)
+			}
+		}
+		reason, err := explain(ctx, tx, r, ofRow, err)
 		if err != nil {
 			return err
 		}
 		results[i] = fmt.Errorf("run %s: %w", r.RunID, reason)
 	}
 	return tx.Commit(ctx)
+}
+
+// commitOne writes one record behind a savepoint. Its entity's row comes last and apart, so that what is
+// wrong with it can be told from the rest. Constraints are checked now, whatever they would wait for.
+func (s *Store) commitOne(ctx context.Context, c *pgx.Conn, r *store.Record, rowIDs map[*store.Record]string) (ofRow bool, err error) {
+	if err := check(r); err != nil {
+		return false, err
+	}
+	b := &pgx.Batch{}
+	b.Queue("SAVEPOINT record")
+	s.queue(b, []*store.Record{r})
+	if r.InsertRow == nil && r.UpdateRow == nil {
+		b.Queue("RELEASE SAVEPOINT record")
+		return false, c.SendBatch(ctx, b).Close()
+	}
+	if err := c.SendBatch(ctx, b).Close(); err != nil {
+		return false, err
+	}
+	b = &pgx.Batch{}
+	err = s.queueEntity(ctx, c, b, r, rowIDs)
+	if err == nil {
+		b.Queue("SET CONSTRAINTS ALL IMMEDIATE")
+		b.Queue("SET CONSTRAINTS ALL DEFERRED")
+		b.Queue("RELEASE SAVEPOINT record")
+		return true, c.SendBatch(ctx, b).Close()
+	}
+	if _, undo := c.Exec(ctx, "ROLLBACK TO SAVEPOINT record"); undo != nil {
+		return true, errors.Join(err, undo)
+	}
+	return true, err
 }
 
 // check refuses records that mix runs, and ids that are none.
@@ -168,9 +193,9 @@ func check(r *store.Record) error {
 	return nil
 }
 
-// queue adds the statements of records: a few for all of them, rows in the order of their ids so that two
+// queue adds the statements of records, but for entities' rows: a few for all of them, rows in the order of their ids so that two
 // orchestrators that write the same rows wait for each other rather than deadlock.
-func (s *Store) queue(ctx context.Context, c *pgx.Conn, b *pgx.Batch, records []*store.Record, rowIDs map[*store.Record]string) error {
+func (s *Store) queue(b *pgx.Batch, records []*store.Record) {
 	s.queueRuns(b, records)
 	var fresh, full, adopted, changed []*store.Job
 	var steps []*store.Step
@@ -206,12 +231,6 @@ func (s *Store) queue(ctx context.Context, c *pgx.Conn, b *pgx.Batch, records []
 		slices.SortFunc(wave, func(a, b taken) int { return cmp.Compare(a.id, b.id) })
 		queueRows(b, s.sql.takeSignals, takenColumns, wave, true)
 	}
-	for _, r := range records {
-		if err := s.queueEntity(ctx, c, b, r, rowIDs); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // queueRows adds one statement over rows; counted ones have to change as many.
@@ -301,7 +320,7 @@ func (s *Store) queueRuns(b *pgx.Batch, records []*store.Record) {
 }
 
 // explain turns what the server refused in a record into what the interface says of it.
-func explain(ctx context.Context, q pgx.Tx, r *store.Record, err error) (reason, failed error) {
+func explain(ctx context.Context, q pgx.Tx, r *store.Record, ofRow bool, err error) (reason, failed error) {
 	if e, ok := errors.AsType[*recordError](err); ok {
 		return e.err, nil
 	}
@@ -309,13 +328,12 @@ func explain(ctx context.Context, q pgx.Tx, r *store.Record, err error) (reason,
 	if !ok {
 		return nil, err
 	}
-	if entity := r.InsertRow; e.SchemaName != "" && e.SchemaName != "jobs" || e.Code[:2] == "42" {
-		if entity == nil {
-			entity = r.UpdateRow
+	if ofRow && e.Code != codeExpect {
+		row := r.InsertRow
+		if row == nil || r.UpdateRow != nil && e.TableName == r.UpdateRow.Entity {
+			row = r.UpdateRow
 		}
-		if entity != nil {
-			return asRowError(entity.Entity, entity.ID, err), nil
-		}
+		return asRowError(row.Entity, row.ID, err), nil
 	}
 	switch e.Code {
 	case codeState:
@@ -338,18 +356,7 @@ func explain(ctx context.Context, q pgx.Tx, r *store.Record, err error) (reason,
 		}
 		return fmt.Errorf("%w: it exists already: %s", store.ErrState, e.Message), nil
 	}
-	if entity := r.InsertRow; entity != nil && e.SchemaName == "" && rowValue(e.Code) && !hasPayload(r) {
-		return asRowError(entity.Entity, entity.ID, err), nil
-	}
 	return fmt.Errorf("%w: %w", store.ErrRefused, err), nil
-}
-
-// rowValue reports whether a value was refused for what it is, in which case the server names no table.
-func rowValue(code string) bool { return code[:2] == "22" }
-
-// hasPayload reports whether anything but the entity's row could hold a value that the server refuses.
-func hasPayload(r *store.Record) bool {
-	return len(r.NewJobs)+len(r.ChangedJobs)+len(r.Steps) > 0 || r.Run != nil
 }
 
 // explainCount says which row a statement did not find as it had to be.
