@@ -57,30 +57,50 @@ func eventually(t *testing.T, what string, condition func() bool) {
 	require.Eventually(t, condition, 30*time.Second, 10*time.Millisecond, what)
 }
 
+// running are the processes that run the script of the mesh. What a script says of its own number holds in its name space alone.
+func running(t *testing.T, m mesh) []string {
+	t.Helper()
+	found, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	require.NoError(t, err)
+	var pids []string
+	for _, path := range found {
+		line, err := os.ReadFile(path)
+		if err == nil && strings.Contains(string(line), filepath.Join(m.scripts, "hang.py")) {
+			pids = append(pids, filepath.Base(filepath.Dir(path)))
+		}
+	}
+	return pids
+}
+
 func TestCancelledRunLeavesNoProcess(t *testing.T) {
-	d, _ := withServices(t)
-	run, calls := hanging(t, d, t.TempDir())
+	m := services(t, newRecorder(t))
+	d := start(t, m)
+	run, calls := hanging(t, d, m.scripts)
 	eventually(t, "the script begins", func() bool { return len(calls()) == 1 })
+	process := running(t, m)
+	require.Len(t, process, 1)
 	cancelled, err := d.Cancel(t.Context(), run.GetId(), "enough")
 	require.NoError(t, err)
 	require.Equal(t, specqlv1.Status_STATUS_CANCELLED, cancelled.GetStatus())
-	require.True(t, gone(calls()[0][0]), "the process is there although the run has ended")
+	require.True(t, gone(process[0]), "the process is there although the run has ended")
 }
 
 func TestKilledMeshLeavesNoProcess(t *testing.T) {
 	m := services(t, newRecorder(t))
 	m.data = filepath.Join(t.TempDir(), "data")
-	dir := t.TempDir()
+	dir := m.scripts
 	first := start(t, m)
 	run, calls := hanging(t, first, dir)
 	eventually(t, "the script begins", func() bool { return len(calls()) == 1 })
+	process := running(t, m)
+	require.Len(t, process, 1)
 	first.kill()
 
 	second := start(t, m)
 	eventually(t, "the call is made again", func() bool { return len(calls()) == 2 })
 	before, again := calls()[0], calls()[1]
 	require.Equal(t, before[1], again[1], "the same key")
-	eventually(t, "the process of the mesh that was killed is gone", func() bool { return gone(before[0]) })
+	eventually(t, "the process of the mesh that was killed is gone", func() bool { return gone(process[0]) })
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "until"), nil, 0o600))
 	done, err := second.Wait(t.Context(), run.GetId())
 	require.NoError(t, err)

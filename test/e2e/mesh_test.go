@@ -55,6 +55,8 @@ type mesh struct {
 	args []string
 	// env is added to the environment.
 	env []string
+	// scripts is the working directory of the test registry's shell services.
+	scripts string
 }
 
 // dev is a running `specql dev`.

@@ -24,9 +24,13 @@ func withServices(t *testing.T) (*dev, *recorder) {
 
 func services(t *testing.T, r *recorder) mesh {
 	t.Helper()
+	// A script sees the files of its working directory and no others, so that a test puts its own there.
+	scripts := t.TempDir()
+	require.NoError(t, os.CopyFS(scripts, os.DirFS(absolute(t, "testdata", "scripts"))))
 	return mesh{
-		args: []string{"--registry", absolute(t, "testdata", "registry.yaml")},
-		env:  []string{"SPECQL_TEST_URL=" + r.URL, "SPECQL_TEST_SCRIPTS=" + absolute(t, "testdata", "scripts")},
+		args:    []string{"--registry", absolute(t, "testdata", "registry.yaml")},
+		env:     []string{"SPECQL_TEST_URL=" + r.URL, "SPECQL_TEST_SCRIPTS=" + scripts},
+		scripts: scripts,
 	}
 }
 
@@ -57,7 +61,9 @@ func job(t *testing.T, r *client.Run, service string) *client.Job {
 }
 
 func TestSeedWorkflows(t *testing.T) {
-	d, r := withServices(t)
+	r := newRecorder(t)
+	m := services(t, r)
+	d := start(t, m)
 	execute := func(t *testing.T, name string, input map[string]any) *client.Run {
 		t.Helper()
 		run, err := d.ExecuteAndWait(t.Context(), client.Action{Workflow: snippet(t, name), Input: input})
@@ -117,8 +123,7 @@ func TestSeedWorkflows(t *testing.T) {
 
 	t.Run("http and shell: the old call works, and so does the new one", func(t *testing.T) {
 		r.says("stripe_api.create_charge", http.StatusOK, map[string]any{"id": "ch_1"})
-		dir := t.TempDir()
-		in, out := filepath.Join(dir, "in.csv"), filepath.Join(dir, "out.txt")
+		in, out := filepath.Join(m.scripts, "in.csv"), filepath.Join(m.scripts, "out.txt")
 		require.NoError(t, os.WriteFile(in, []byte("a\nb\nc\n"), 0o600))
 		run := execute(t, "workflow_http_and_shell", map[string]any{
 			"order": map[string]any{"total": 990}, "upload": map[string]any{"path": in}, "result": map[string]any{"path": out},

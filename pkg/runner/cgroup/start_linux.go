@@ -68,6 +68,35 @@ func (g *Group) Start(cmd *exec.Cmd) error {
 	return nil
 }
 
+// Joins opens the files through which a single thread joins the group by writing 0 to each. A
+// thread of another user can do that, too, in whatever name spaces it is: the kernel asks who
+// opened them. Close them. On v2, where no thread moves alone, there are none; use AddPID.
+func (g *Group) Joins() ([]*os.File, error) {
+	if g.m.mode == V2 {
+		return nil, nil
+	}
+	files := make([]*os.File, 0, len(g.dirs))
+	for _, d := range g.dirs {
+		f, err := os.OpenFile(filepath.Join(d.path, "tasks"), os.O_WRONLY, 0)
+		if err != nil {
+			for _, f := range files {
+				_ = f.Close() // nothing was written
+			}
+			return nil, fmt.Errorf("open control group: %w", err)
+		}
+		files = append(files, f)
+	}
+	return files, nil
+}
+
+// SetProcesses bounds the processes and threads of the group anew.
+func (g *Group) SetProcesses(n int64) error {
+	if err := g.set("pids", "pids.max", strconv.FormatInt(n, 10)); err != nil {
+		return fmt.Errorf("limit processes to %d: %w", n, err)
+	}
+	return nil
+}
+
 // homes are the process's own groups now; a service manager may have moved it since it began.
 func (g *Group) homes() ([]string, error) {
 	own, err := g.m.ownGroups()

@@ -2,7 +2,16 @@
 
 package cgroup
 
-import "os/exec"
+import (
+	"os"
+	"os/exec"
+)
 
 // Start fails: control groups are Linux's.
 func (g *Group) Start(*exec.Cmd) error { return ErrUnavailable }
+
+// Joins fails: control groups are Linux's.
+func (g *Group) Joins() ([]*os.File, error) { return nil, ErrUnavailable }
+
+// SetProcesses fails: control groups are Linux's.
+func (g *Group) SetProcesses(int64) error { return ErrUnavailable }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/services/shell-runner/internal/sandbox"
 )
 
 // interpreter runs the scripts of an ending. Names match the base name of an allowed command,
@@ -40,6 +41,10 @@ type command struct {
 	path string   // of the file that the kernel opens
 	argv []string // argv[0] is the listed name, by which programs with many names tell what they are
 	dir  string
+	// script is the file that an interpreter gets; empty for none.
+	script string
+	// programs are all that may be executed.
+	programs []sandbox.Program
 }
 
 // resolver finds a job's command and holds it to the policy, noting each check.
@@ -75,9 +80,32 @@ func (r *resolver) resolve(cfg Config, name string, op Operation, input any) (*c
 	if err != nil {
 		return nil, err
 	}
-	cmd.dir = dir
+	cmd.dir, cmd.programs = dir, r.programs()
 	return cmd, nil
 }
+
+// programs are the allowed commands that are there, each with its place.
+func (r *resolver) programs() []sandbox.Program {
+	var ceiling []string
+	if r.ceiling != nil && r.ceiling.AllowedCommands != nil {
+		ceiling = []string{}
+		for _, entry := range r.ceiling.AllowedCommands {
+			ceiling = append(ceiling, resolved(entry))
+		}
+	}
+	var all []sandbox.Program
+	for _, entry := range r.policy.AllowedCommands {
+		path := resolved(entry)
+		if path == "\x00" || ceiling != nil && !slices.Contains(ceiling, path) {
+			continue
+		}
+		all = append(all, sandbox.Program{Listed: filepath.Clean(entry), Path: path})
+	}
+	return all
+}
+
+// reserved are directories that are a sandbox's own.
+var reserved = []string{"/proc", "/sys", "/dev"}
 
 // directory resolves the working directory; it is empty where none is configured, which means
 // the private temporary directory.
@@ -94,6 +122,9 @@ func (r *resolver) directory(path string) (string, error) {
 	}
 	if info, err := os.Stat(dir); err != nil || !info.IsDir() {
 		return "", fault.New(fault.Validation, "working_directory %q is not a directory", clip(path))
+	}
+	if dir == "/" || slices.ContainsFunc(reserved, func(top string) bool { return within(top, dir) }) {
+		return "", fault.New(fault.Validation, "working_directory %q cannot be given to a job; choose a directory of files", clip(path))
 	}
 	for rule, allowed := range r.lists("working_directory_restrictions", func(p *Policy) []string { return p.WorkingDirectoryRestrictions }) {
 		if allowed == nil {
@@ -278,7 +309,7 @@ func (r *resolver) interpreted(s interpreter, script string) (*command, error) {
 				if err != nil {
 					return nil, err
 				}
-				return &command{path: path, argv: []string{listed, script}}, nil
+				return &command{path: path, argv: []string{listed, script}, script: script}, nil
 			}
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/runner/cgroup"
@@ -44,6 +45,11 @@ func TestLeftoversOfACrashedRunner(t *testing.T) {
 	requireGone(t, pid)
 }
 
+// waitExit waits until a process has ended, and leaves its status to be taken.
+func waitExit(pid int) {
+	_ = unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
+}
+
 func TestOrphansAreReaped(t *testing.T) {
 	r := newRunner(t, Options{})
 	path := fifo(t)
@@ -51,10 +57,11 @@ func TestOrphansAreReaped(t *testing.T) {
 	require.NoError(t, syscall.Mkfifo(gate, 0o600))
 	ended := make(chan error, 1)
 	operation := raw(t, Operation{Command: []string{"/bin/sh", "-c", daemonize(path) + "; read -r x <" + gate}})
+	service := runner.Service{Config: raw(t, Config{WorkingDirectory: filepath.Dir(path)}), Policy: raw(t, Policy{AllowedCommands: tools})}
 	go func() {
 		result, err := r.Execute(t.Context(), &runner.Job{
 			ID:        "orphan",
-			Service:   runner.Service{Policy: []byte(`{"allowed_commands":["/bin/sh"]}`)},
+			Service:   service,
 			Operation: runner.Operation{Config: operation},
 		}, discard{})
 		ended <- errors.Join(err, result.Err)
@@ -72,8 +79,9 @@ func TestOrphansAreReaped(t *testing.T) {
 func TestOrphansAreReapedWhileTheJobRuns(t *testing.T) {
 	s := newShell(t, Options{})
 	path := fifo(t)
-	c := runnertest.Begin(t, s.client, s.job(sh(`(sh -c 'echo $$ >`+path+`' &); sleep 1000`)))
+	c := runnertest.Begin(t, s.client, s.job(sh(`(sh -c 'echo $$ >`+path+`; exec cat `+path+`' &); sleep 1000`).in(filepath.Dir(path))))
 	orphan := pidFrom(t, path)
+	require.NoError(t, os.WriteFile(path, []byte("end\n"), 0o600))
 	require.Eventually(t, func() bool { _, there := processes()[orphan]; return !there }, 5*time.Second, 5*time.Millisecond)
 	c.Cancel("enough")
 	require.Equal(t, "CANCELLED", c.Wait().Code())

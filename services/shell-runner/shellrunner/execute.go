@@ -1,6 +1,7 @@
 package shellrunner
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/runner/cgroup"
+	"github.com/specql/mesh/services/shell-runner/internal/sandbox"
 )
 
 const (
@@ -25,6 +27,12 @@ const (
 	drainTimeout = time.Second // for pipes that an escaped process still holds
 	maxTempFiles = 1 << 20
 	maxWorkFiles = 20000
+	// tempSlack is by how much the private temporary directory can pass its limit, so that a job
+	// that needed more is told from one that has taken all.
+	tempSlack = 4 << 10
+	// softFiles and maxFiles are how many descriptors a process may have, at first and at most.
+	softFiles = 1024
+	maxFiles  = 65536
 )
 
 // Execute implements [runner.JobRunner].
@@ -64,9 +72,8 @@ type attempt struct {
 	started, ended time.Time
 	lastMemory     *float64
 	total          *cgroup.Usage
-	state          *os.ProcessState
+	state          *sandbox.State
 	exitCode       int
-	ownPeakKB      int64
 	tempFull       bool
 }
 
@@ -105,8 +112,7 @@ func (a *attempt) run(ctx context.Context) (output []byte, err error) {
 	}
 	defer a.release(ctx)
 	return a.supervise(ctx, &launch{
-		command: plan.command, env: env, limits: a.policy.Limits, group: a.group,
-		network: a.network(),
+		command: plan.command, env: env, network: a.network(),
 	}, plan.input)
 }
 
@@ -151,26 +157,27 @@ func (a *attempt) prepare(ctx context.Context) (*plan, error) {
 	if a.policy.Network == networkLocalhost && a.r.noLoop != nil {
 		return nil, a.checks.Deny("network_access", networkLocalhost, fmt.Sprintf("this runner can give a command no loopback of its own (%v), and would have to give it the whole network; write none, or run the runner as root or with CAP_SYS_ADMIN", a.r.noLoop))
 	}
+	a.checks.Allow("network_access", a.policy.Network)
+	a.checks.Allow("file_access", a.policy.Files)
 	return &plan{config: cfg, command: cmd, input: raw}, nil
 }
 
-// network is what a command can reach.
-type network int
+// launch says how a command is started and what holds it.
+type launch struct {
+	command               *command
+	env                   []string
+	stdin, stdout, stderr *os.File
+	network               sandbox.Network
+}
 
-const (
-	hostNetwork network = iota
-	noNetwork           // a network name space with nothing in it
-	ownLoopback         // a network name space with a loopback
-)
-
-func (a *attempt) network() network {
-	switch {
-	case a.policy.Network == networkAll, a.r.noNet != nil:
-		return hostNetwork
-	case a.policy.Network == networkLocalhost:
-		return ownLoopback
+func (a *attempt) network() sandbox.Network {
+	switch a.policy.Network {
+	case networkAll:
+		return sandbox.HostNetwork
+	case networkLocalhost:
+		return sandbox.OwnLoopback
 	}
-	return noNetwork
+	return sandbox.NoNetwork
 }
 
 // at says where in the service an error is.
@@ -181,17 +188,22 @@ func at(place string, err error) error {
 
 // hold makes the job's control group and notes what holds the job.
 func (a *attempt) hold() error {
-	a.isolation = []string{isolationProcessGroup, isolationNoNewPrivileges, isolationNoCapabilities, isolationPrivateTemp, isolationRlimit}
-	switch {
-	case a.network() != hostNetwork:
-		a.isolation = append(a.isolation, isolationNetwork)
-	case a.policy.Network == networkNone:
+	limits := a.policy.Limits
+	for _, f := range a.r.features() {
+		switch {
+		case !f.Available, f.Name == isolationCgroup: // said below
+		case f.Name == sandbox.NetworkNamespace && a.network() == sandbox.HostNetwork:
+		case f.Name == isolationDiskQuota && limits.DiskMB == 0:
+		default:
+			a.isolation = append(a.isolation, f.Name)
+		}
+	}
+	if a.policy.Network == networkNone && a.r.noNet != nil && !a.r.box.holdsSockets() {
 		a.sink.Log("runner", "network_access none is not enforced on this machine: "+a.r.noNet.Error())
 	}
-	if a.policy.Files != fileReadWrite {
-		a.sink.Log("runner", "file_access "+a.policy.Files+" is not enforced by this version")
+	if a.policy.Files != fileReadWrite && !a.r.box.holdsFiles() {
+		a.sink.Log("runner", "file_access "+a.policy.Files+" is not enforced on this machine: it has neither name spaces nor Landlock")
 	}
-	limits := a.policy.Limits
 	if a.r.groups == cgroup.None {
 		if limits.CPUCores > 0 {
 			a.sink.Log("runner", "resource_limits.cpu_cores is not enforced on this machine: "+a.r.noGroup)
@@ -202,7 +214,11 @@ func (a *attempt) hold() error {
 		return nil
 	}
 	name := "job-" + strconv.FormatInt(a.r.jobs.Add(1), 10) + "-" + filepath.Base(a.r.temp)[len(tempPrefix):]
-	group, err := cgroup.New(groupParent, name, cgroup.Limits{CPUCores: limits.CPUCores, MemoryMB: limits.MemoryMB, Processes: limits.Processes})
+	processes := limits.Processes
+	if a.r.box.contained() && a.r.groups == cgroup.V1 {
+		processes++ // the thread of the launcher that starts the command
+	}
+	group, err := cgroup.New(groupParent, name, cgroup.Limits{CPUCores: limits.CPUCores, MemoryMB: limits.MemoryMB, Processes: processes})
 	if err != nil {
 		return fault.Wrap(err, fault.Internal, "the job's limits cannot be set: %v", err)
 	}
@@ -229,20 +245,17 @@ func (a *attempt) supervise(ctx context.Context, l *launch, input []byte) ([]byt
 		return nil, fault.Wrap(err, fault.Unavailable, "the runner has no pipes left: %v", err)
 	}
 	l.stdin, l.stdout, l.stderr = pipes.stdinR, pipes.stdoutW, pipes.stderrW
-	if l.dir = l.command.dir; l.dir == "" {
-		l.dir = a.private
-	}
-	a.dir = l.dir
-	a.ownPeakKB = ownPeak()
+	a.dir = cmp.Or(l.command.dir, a.private)
+	a.processStart = ticks()
 	a.started = time.Now()
-	a.process, err = l.start()
+	a.process, err = a.start(l)
 	pipes.closeChild()
 	if err != nil {
 		pipes.closeOwn()
 		return nil, a.startError(l, err)
 	}
-	if a.group == nil {
-		a.processStart = processStart(a.process.pid)
+	for _, note := range a.process.notes {
+		a.sink.Log("runner", note)
 	}
 	a.r.setLive(a, true)
 	var io sync.WaitGroup
@@ -370,7 +383,7 @@ func (a *attempt) outcome(failure error, stdout, stderr *stream, processHits int
 	if failure != nil {
 		return nil, failure
 	}
-	status, _ := a.state.Sys().(syscall.WaitStatus)
+	status := a.state.Status
 	if status.Signaled() {
 		switch status.Signal() {
 		case syscall.SIGXCPU:
@@ -389,7 +402,11 @@ func (a *attempt) outcome(failure error, stdout, stderr *stream, processHits int
 			return nil, fault.New(fault.ResourceExceeded, "the job needed more processes than its limit of %d, and exited with status %d: %s; raise resource_limits.processes",
 				a.policy.Limits.Processes, a.exitCode, end(stderr.bytes()))
 		}
-		return nil, remoteError(fmt.Sprintf("the command exited with status %d", a.exitCode), stderr)
+		message := fmt.Sprintf("the command exited with status %d", a.exitCode)
+		if a.exitCode == exitNotExecutable {
+			message += " (by which shells say that a program may not be executed: what the command itself executes must be in allowed_commands, too)"
+		}
+		return nil, remoteError(message, stderr)
 	}
 	raw, err := result(stdout.bytes(), stderr.bytes(), a.exitCode)
 	if err != nil {
@@ -397,6 +414,9 @@ func (a *attempt) outcome(failure error, stdout, stderr *stream, processHits int
 	}
 	return raw, nil
 }
+
+// exitNotExecutable is the status of a shell that may not execute a program.
+const exitNotExecutable = 126
 
 func remoteError(message string, stderr *stream) error {
 	if tail := end(stderr.bytes()); tail != "" {
@@ -465,9 +485,7 @@ func (a *attempt) usage() *runnerv1.ResourceUsage {
 		if a.total != nil {
 			u.OomKilled = new(a.total.OOMKills > 0)
 		}
-		if ru, ok := a.state.SysUsage().(*syscall.Rusage); ok {
-			a.addRusage(u, ru)
-		}
+		a.addRusage(u)
 	}
 	wall := now.Sub(a.started)
 	if !a.ended.IsZero() {
@@ -481,16 +499,15 @@ func (a *attempt) usage() *runnerv1.ResourceUsage {
 
 // addRusage completes the figures by what the kernel tells of the command and of those of its
 // children that it waited for.
-func (a *attempt) addRusage(u *runnerv1.ResourceUsage, ru *syscall.Rusage) {
+func (a *attempt) addRusage(u *runnerv1.ResourceUsage) {
 	const mebibyte = 1 << 20
-	read, written := float64(ru.Inblock)*512/mebibyte, float64(ru.Oublock)*512/mebibyte
+	s := a.state
+	read, written := float64(s.Inblock)*512/mebibyte, float64(s.Oublock)*512/mebibyte
 	if a.group == nil {
-		u.CpuSeconds = new((time.Duration(ru.Utime.Nano()) + time.Duration(ru.Stime.Nano())).Seconds())
+		u.CpuSeconds = new((s.User + s.System).Seconds())
 		u.DiskReadMb, u.DiskWriteMb = new(read), new(written)
-		// Until it executes the command, a process shares the runner's memory, and the kernel
-		// counts that, too: what is not above it was not measured.
-		if peak := ru.Maxrss; peak > a.ownPeakKB {
-			u.PeakMemoryMb = new(float64(peak) / 1024)
+		if s.PeakKB > 0 {
+			u.PeakMemoryMb = new(float64(s.PeakKB) / 1024)
 		}
 		return
 	}
@@ -499,11 +516,11 @@ func (a *attempt) addRusage(u *runnerv1.ResourceUsage, ru *syscall.Rusage) {
 	}
 }
 
-func exitCode(state *os.ProcessState) int {
-	if status, ok := state.Sys().(syscall.WaitStatus); ok && status.Signaled() {
-		return 128 + int(status.Signal())
+func exitCode(state *sandbox.State) int {
+	if state.Status.Signaled() {
+		return 128 + int(state.Status.Signal())
 	}
-	return state.ExitCode()
+	return state.Status.ExitStatus()
 }
 
 // cutSize is where the kernel cuts a file off: one byte above the limit, so that a file as
@@ -533,8 +550,15 @@ func (a *attempt) cutFile() bool {
 	return cut
 }
 
-// tempSize is what the private directory takes on disk, in bytes.
+// tempSize is what the private directory takes, in bytes.
 func (a *attempt) tempSize() int64 {
+	if a.process.contained {
+		if a.state != nil {
+			return a.state.TempUsed
+		}
+		used, _ := a.process.tempUsed()
+		return used
+	}
 	var total int64
 	files := 0
 	_ = filepath.WalkDir(a.private, func(_ string, d fs.DirEntry, err error) error {

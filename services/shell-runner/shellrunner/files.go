@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"syscall"
 )
 
 // pipes are the three of a command, both ends.
@@ -51,15 +50,6 @@ func removeAll(path string) error {
 		return nil
 	})
 	return os.RemoveAll(path)
-}
-
-// ownPeak is the runner's own highest memory, in KiB.
-func ownPeak() int64 {
-	var ru syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &ru); err != nil {
-		return 1 << 62
-	}
-	return ru.Maxrss
 }
 
 func cpus() int { return runtime.NumCPU() }

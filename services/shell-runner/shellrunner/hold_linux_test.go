@@ -60,8 +60,12 @@ func snoopingRunner(dir string) {
 		if err != nil {
 			return nil, err
 		}
+		policy, err := json.Marshal(Policy{AllowedCommands: tools, NetworkAccess: networkAll})
+		if err != nil {
+			return nil, err
+		}
 		result, err := r.Execute(context.Background(), &runner.Job{
-			ID: "snoop", Service: runner.Service{Policy: []byte(`{"allowed_commands":["/bin/sh"],"network_access":"all"}`)},
+			ID: "snoop", Service: runner.Service{Policy: policy},
 			Operation: runner.Operation{Config: operation},
 		}, discard{})
 		if err == nil && result.Err != nil {
@@ -94,7 +98,7 @@ func TestNothingOutlivesTheJobWhateverItDoes(t *testing.T) {
 		path := fifo(t)
 		gate := path + ".gate"
 		require.NoError(t, syscall.Mkfifo(gate, 0o600))
-		c := runnertest.Begin(t, s.client, s.job(sh(escape(path, gate))))
+		c := runnertest.Begin(t, s.client, s.job(sh(escape(path, gate)).in(filepath.Dir(path))))
 		pid := pidFrom(t, path)
 		t.Cleanup(func() {
 			if _, there := processes()[pid]; there {
@@ -123,7 +127,7 @@ func TestCancelEndsWhatEscaped(t *testing.T) {
 		path := fifo(t)
 		gate := path + ".gate"
 		require.NoError(t, syscall.Mkfifo(gate, 0o600))
-		c := runnertest.Begin(t, s.client, s.job(sh(escape(path, gate))))
+		c := runnertest.Begin(t, s.client, s.job(sh(escape(path, gate)).in(filepath.Dir(path))))
 		pid := pidFrom(t, path)
 		c.Cancel("enough")
 		require.Equal(t, "CANCELLED", c.Wait().Code())
@@ -137,7 +141,7 @@ func TestADaemonGoesWithItsOwnJob(t *testing.T) {
 		gate := path + ".gate"
 		require.NoError(t, syscall.Mkfifo(gate, 0o600))
 		require.NoError(t, syscall.Mkfifo(path+"2", 0o600))
-		c := runnertest.Begin(t, s.client, s.job(sh(daemonize(path)+"; env -i "+daemonize(path+"2")+"; read -r x <"+gate)))
+		c := runnertest.Begin(t, s.client, s.job(sh(daemonize(path)+"; env -i "+daemonize(path+"2")+"; read -r x <"+gate).in(filepath.Dir(path))))
 		daemon := pidFrom(t, path)
 		bare := pidFrom(t, path+"2")
 		s.ok(sh("true"))
@@ -156,7 +160,7 @@ func TestInputNeverBecomesCode(t *testing.T) {
 	tool := filepath.Join(dir, "tool")
 	require.NoError(t, os.Symlink("/bin/sh", tool))
 	marker := filepath.Join(dir, "ran")
-	allowed := []string{"/bin/sh", "/usr/bin/python3", "/usr/bin/perl", "/usr/bin/env", tool}
+	allowed := []string{"/bin/sh", "/usr/bin/python3", "/usr/bin/perl", "/usr/bin/env", "/usr/bin/echo", tool}
 	run := func(argv ...string) call {
 		return call{Policy: Policy{AllowedCommands: allowed}, Operation: Operation{Command: argv}, Input: map[string]any{"text": "x; touch " + marker, "flag": "-c", "py": "-cimport os"}}
 	}

@@ -2,6 +2,7 @@ package shellrunner
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"os"
@@ -36,9 +37,14 @@ func crashingRunner(dir string) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
+	policy, err := json.Marshal(Policy{AllowedCommands: tools})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	_, err = r.Execute(context.Background(), &runner.Job{
 		ID:        "crash",
-		Service:   runner.Service{Policy: []byte(`{"allowed_commands":["/bin/sh"]}`)},
+		Service:   runner.Service{Config: fmt.Appendf(nil, `{"working_directory":%q}`, dir), Policy: policy},
 		Operation: runner.Operation{Config: fmt.Appendf(nil, `{"command":["/bin/sh","-c",%q]}`, daemonize(filepath.Join(dir, "fifo"))+"; exec sleep 1000")},
 	}, discard{})
 	fmt.Fprintln(os.Stderr, "the job ended", err)

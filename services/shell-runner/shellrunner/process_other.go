@@ -4,43 +4,48 @@ package shellrunner
 
 import (
 	"errors"
-	"os"
 
-	"github.com/specql/mesh/pkg/runner/cgroup"
+	"github.com/specql/mesh/services/shell-runner/internal/sandbox"
 )
 
 // errPlatform says that commands cannot be held here. Nothing runs unheld.
 var errPlatform = errors.New("shell jobs run on Linux alone; use the docker execution type on this machine")
 
-type launch struct {
-	command               *command
-	env                   []string
-	dir                   string
-	stdin, stdout, stderr *os.File
-	limits                Limits
-	group                 *cgroup.Group
-	network               network
-}
+type holder struct{}
+
+func newHolder(Options) (*holder, error) { return &holder{}, nil }
+
+func (*holder) close() {}
+
+func (*holder) features() []sandbox.Feature { return nil }
+
+func (*holder) networkMissing() (alone, loopback error) { return errPlatform, errPlatform }
+
+func (*holder) contained() bool { return false }
+
+func (*holder) holdsFiles() bool { return false }
+
+func (*holder) holdsSockets() bool { return false }
 
 type process struct {
-	pid    int
-	exited chan struct{}
+	pid       int
+	contained bool
+	exited    chan struct{}
+	notes     []string
 }
 
-func (*launch) start() (*process, error) { return nil, errPlatform }
+func (*attempt) start(*launch) (*process, error) { return nil, errPlatform }
 
-func (*process) wait() *os.ProcessState { return nil }
+func (*process) wait() *sandbox.State { return nil }
+
+func (*process) tempUsed() (int64, bool) { return 0, false }
 
 func (*attempt) kill() error { return errPlatform }
 
 func (*Runner) reapOrphans() ([]int, int) { return nil, 0 }
 
-func processStart(int) uint64 { return 0 }
-
-func networkNamespaces() (alone, loopback error) { return errPlatform, errPlatform }
+func ticks() uint64 { return 0 }
 
 func hideMemory() error { return nil }
 
 func adoptOrphans() error { return nil }
-
-func keepDescriptors() error { return nil }

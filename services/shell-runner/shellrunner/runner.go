@@ -16,6 +16,7 @@ import (
 
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/runner/cgroup"
+	"github.com/specql/mesh/services/shell-runner/internal/sandbox"
 )
 
 // Type is the execution type that this runner serves.
@@ -37,6 +38,14 @@ type Options struct {
 	// did not start, and not of those of jobs alone. It is for a runner that is the first process of a container, and only for
 	// a program that starts no processes of its own.
 	ReapOrphans bool
+	// UIDBase is the first of the 65536 users that jobs become where the runner is root; 0 for
+	// 1879100000. Runners of one machine should have different ones.
+	UIDBase int
+	// RequireIsolation names ways of holding a job without which [New] fails, as Describe names
+	// them; "all" stands for every one.
+	RequireIsolation []string
+
+	without []string // ways of holding a job that a test leaves away
 }
 
 // Runner runs shell jobs. It implements [runner.JobRunner].
@@ -50,6 +59,7 @@ type Runner struct {
 	noGroup string // why there are no control groups
 	noNet   error  // why commands cannot be given a network of their own
 	noLoop  error  // why they cannot be given a loopback of their own
+	box     *holder
 	jobs    atomic.Int64
 	// types never change.
 	types []runner.Type
@@ -85,22 +95,28 @@ func New(o Options) (*Runner, error) {
 	if r.groups == cgroup.None {
 		r.log.Warn("no control groups: limits hold by process and less is measured", "reason", r.noGroup)
 	}
-	r.noNet, r.noLoop = networkNamespaces()
 	if err := hideMemory(); err != nil {
 		return nil, err
 	}
 	if err := adoptOrphans(); err != nil {
 		return nil, err
 	}
-	if err := keepDescriptors(); err != nil { // Linux before 5.11
-		r.log.Warn("commands inherit the descriptors that the runner was started with", "error", err)
+	o.Logger = r.log
+	var err error
+	if r.box, err = newHolder(o); err != nil {
+		return nil, err
+	}
+	r.noNet, r.noLoop = r.box.networkMissing()
+	if err := r.require(o.RequireIsolation); err != nil {
+		r.box.close()
+		return nil, err
 	}
 	if o.TempDir == "" {
 		o.TempDir = os.TempDir()
 	}
 	r.removeLeftovers(o.TempDir)
-	var err error
 	if r.temp, err = os.MkdirTemp(o.TempDir, tempPrefix+cgroup.Instance()+"-"); err != nil {
+		r.box.close()
 		return nil, fmt.Errorf("make the directory for jobs: %w", err)
 	}
 	return r, nil
@@ -133,6 +149,7 @@ func (r *Runner) removeLeftovers(temp string) {
 
 // Close removes what the runner keeps on the machine. Jobs must have ended.
 func (r *Runner) Close() error {
+	r.box.close()
 	err := errors.Join(removeAll(r.temp), cgroup.Release(groupParent))
 	if err != nil {
 		return fmt.Errorf("close the shell runner: %w", err)
@@ -142,45 +159,77 @@ func (r *Runner) Close() error {
 
 // Describe implements [runner.JobRunner].
 func (r *Runner) Describe(context.Context) (*runner.Description, error) {
-	groups, network := r.noGroup, ""
+	return &runner.Description{Name: "shell-runner", Types: r.types, Isolation: r.features()}, nil
+}
+
+// features are the ways of holding a job, those that are missing here among them.
+func (r *Runner) features() []runner.Feature {
+	groups := r.noGroup
 	if r.groups != cgroup.None {
 		groups = r.groups.String()
 	}
-	switch {
-	case r.noNet != nil:
-		network = fmt.Sprintf("network_access none is not enforced and localhost is refused (%v); run the runner as root or with CAP_SYS_ADMIN", r.noNet)
-	case r.noLoop != nil:
-		network = fmt.Sprintf("network_access localhost is refused (%v)", r.noLoop)
-	}
 	features := []runner.Feature{
 		{Name: isolationProcessGroup, Available: true},
-		{Name: isolationNoNewPrivileges, Available: true},
-		{Name: isolationNoCapabilities, Available: true, Detail: "as root, a command is still the owner of root's files, those of the control groups among them; file_access is not enforced"},
 		{Name: isolationPrivateTemp, Available: true},
 		{Name: isolationRlimit, Available: true, Detail: r.unlimited()},
 		{Name: isolationCgroup, Available: r.groups != cgroup.None, Detail: groups},
-		{Name: isolationNetwork, Available: r.noNet == nil, Detail: network},
-		{Name: "landlock", Detail: "not used by this version: file_access none and read are not enforced; use the docker execution type to shut files off"},
-		{Name: "seccomp", Detail: "not used by this version; use the docker execution type to filter system calls"},
 	}
-	return &runner.Description{Name: "shell-runner", Types: r.types, Isolation: features}, nil
+	quota := runner.Feature{Name: isolationDiskQuota, Available: r.box.contained()}
+	if !quota.Available {
+		quota.Detail = "without a mount name space, the size of the private temporary directory is looked at once a second and at the end"
+	}
+	features = append(features, quota)
+	for _, f := range r.box.features() {
+		if f.Name == sandbox.NetworkNamespace && r.noNet != nil {
+			f.Available = false
+		}
+		features = append(features, runner.Feature{Name: f.Name, Available: f.Available, Detail: f.Detail})
+	}
+	return features
 }
 
-// The names of what holds a job.
+// require fails where a way of holding jobs is missing that the operator insists on.
+func (r *Runner) require(names []string) error {
+	features := r.features()
+	var missing []string
+	for _, name := range names {
+		known := name == requireAll
+		for _, f := range features {
+			known = known || f.Name == name
+			if (name == requireAll || f.Name == name) && !f.Available {
+				missing = append(missing, f.Name+" ("+f.Detail+")")
+			}
+		}
+		if !known {
+			var all []string
+			for _, f := range features {
+				all = append(all, f.Name)
+			}
+			return fmt.Errorf("--require-isolation: %q is not known; write all, or some of %s", name, strings.Join(all, ", "))
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("--require-isolation: this machine lacks %s", strings.Join(missing, "; "))
+	}
+	return nil
+}
+
+// requireAll stands for every way of holding a job.
+const requireAll = "all"
+
+// The names of what holds a job, besides those of the sandbox.
 const (
-	isolationProcessGroup    = "process_group"
-	isolationNoNewPrivileges = "no_new_privileges"
-	isolationNoCapabilities  = "capabilities_dropped"
-	isolationPrivateTemp     = "private_tmp"
-	isolationRlimit          = "rlimit"
-	isolationCgroup          = "cgroup"
-	isolationNetwork         = "network_namespace"
+	isolationProcessGroup = "process_group"
+	isolationPrivateTemp  = "private_tmp"
+	isolationRlimit       = "rlimit"
+	isolationCgroup       = "cgroup"
+	isolationDiskQuota    = "disk_quota"
 )
 
 // unlimited says which limit holds for nobody here; empty if all hold.
 func (r *Runner) unlimited() string {
-	if r.groups == cgroup.None && os.Getuid() == 0 {
-		return "resource_limits.processes is not enforced: without control groups the kernel does not bind root's processes"
+	if r.groups == cgroup.None && !r.box.contained() && os.Getuid() == 0 {
+		return "resource_limits.processes is not enforced: without control groups and name spaces the kernel does not bind root's processes"
 	}
 	return ""
 }

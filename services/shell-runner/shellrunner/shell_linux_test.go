@@ -19,6 +19,7 @@ import (
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/runner/cgroup"
 	"github.com/specql/mesh/pkg/runner/runnertest"
+	"github.com/specql/mesh/services/shell-runner/internal/sandbox"
 )
 
 // discard is a sink that nobody reads.
@@ -60,22 +61,35 @@ func newShell(t *testing.T, o Options) *shell {
 }
 
 // newShellWithout has no control groups.
-func newShellWithout(t *testing.T) *shell {
+func newShellWithout(t *testing.T, o Options) *shell {
 	t.Helper()
-	r := newRunner(t, Options{})
+	r := newRunner(t, o)
 	r.groups, r.noGroup = cgroup.None, "the test says so"
 	return &shell{t: t, r: r, client: runnertest.Start(t, r)}
 }
 
-// withAndWithout runs a test with control groups, where there are any, and without.
+// spaces are what to leave away for a job without name spaces.
+func spaces(bare bool) []string {
+	if bare {
+		return []string{sandbox.UserNamespace}
+	}
+	return nil
+}
+
+// withAndWithout runs a test with control groups, where there are any, and without, and both
+// with name spaces, where they can be had, and without.
 func withAndWithout(t *testing.T, test func(t *testing.T, s *shell)) {
 	t.Helper()
-	t.Run("with control groups", func(t *testing.T) {
-		s := newShell(t, Options{})
-		requireGroups(t, s)
-		test(t, s)
-	})
-	t.Run("without control groups", func(t *testing.T) { test(t, newShellWithout(t)) })
+	for _, bare := range []bool{false, true} {
+		name := map[bool]string{false: ", name spaces", true: ", no name spaces"}[bare]
+		t.Run("control groups"+name, func(t *testing.T) {
+			s := newShell(t, Options{without: spaces(bare)})
+			requireGroups(t, s)
+			require.Equal(t, !bare, s.r.box.contained())
+			test(t, s)
+		})
+		t.Run("no control groups"+name, func(t *testing.T) { test(t, newShellWithout(t, Options{without: spaces(bare)})) })
+	}
 }
 
 // call is a job in the terms of the registry.
@@ -153,9 +167,21 @@ func (s *shell) fails(c call, code string, texts ...string) *runnertest.Outcome 
 	return o
 }
 
+// tools are what the tests' shell lines execute: what a command executes must be allowed itself.
+var tools = []string{
+	"/bin/sh", "/bin/cat", "/bin/chmod", "/bin/dd", "/bin/ln", "/bin/ls", "/bin/mkdir", "/bin/sleep", "/usr/bin/env", "/usr/bin/find", "/usr/bin/grep", "/usr/bin/head",
+	"/usr/bin/mkfifo", "/usr/bin/readlink", "/usr/bin/setsid", "/usr/bin/tr", "/usr/bin/yes",
+}
+
 // sh is a call of a shell line, which the test writes and no input gets into.
 func sh(line string) call {
-	return call{Policy: Policy{AllowedCommands: []string{"/bin/sh"}}, Operation: Operation{Command: []string{"/bin/sh", "-c", line}}}
+	return call{Policy: Policy{AllowedCommands: tools}, Operation: Operation{Command: []string{"/bin/sh", "-c", line}}}
+}
+
+// in has the command run in a directory.
+func (c call) in(dir string) call {
+	c.Config.WorkingDirectory = dir
+	return c
 }
 
 func (c call) with(l Limits) call {
@@ -178,14 +204,55 @@ func fifo(t testing.TB) string {
 	return path
 }
 
-// pidFrom reads a process's number from a fifo.
+// pidFrom reads the number that a process has in its job from a fifo, and gives the one that it
+// has here.
 func pidFrom(t testing.TB, fifo string) int {
 	t.Helper()
 	data, err := os.ReadFile(fifo)
 	require.NoError(t, err)
-	pid, err := strconv.Atoi(strings.TrimSpace(string(data)))
-	require.NoError(t, err)
-	return pid
+	inside := strings.TrimSpace(string(data))
+	var found []int
+	all := processes()
+	for pid := range all {
+		status, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
+		if err != nil || !descends(all, pid) {
+			continue
+		}
+		_, after, _ := strings.Cut(string(status), "\nNSpid:")
+		line, _, _ := strings.Cut(after, "\n")
+		if numbers := strings.Fields(line); len(numbers) > 0 && numbers[len(numbers)-1] == inside && pid != os.Getpid() {
+			found = append(found, pid)
+		}
+	}
+	require.Len(t, found, 1, "processes that are %s in their job", inside)
+	return found[0]
+}
+
+// descends tells whether a process comes from this one.
+func descends(all map[int]processInfo, pid int) bool {
+	for range 100 {
+		if pid == os.Getpid() {
+			return true
+		}
+		p, ok := all[pid]
+		if !ok {
+			return false
+		}
+		pid = p.parent
+	}
+	return false
+}
+
+// requireNone fails if a process that comes from this one has a text in its command line.
+func requireNone(t testing.TB, text string) {
+	t.Helper()
+	all := processes()
+	for pid, p := range all {
+		line, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "cmdline"))
+		if err == nil && p.state != 'Z' && pid != os.Getpid() && descends(all, pid) {
+			require.NotContains(t, strings.ReplaceAll(string(line), "\x00", " "), text)
+		}
+	}
 }
 
 // requireGone fails if a process is alive; one that nobody has reaped yet is not.
@@ -197,7 +264,6 @@ func requireGone(t testing.TB, pid int) {
 
 func TestConformance(t *testing.T) {
 	r := newRunner(t, Options{})
-	pidFile := filepath.Join(t.TempDir(), "pid")
 	s := &shell{t: t, r: r}
 	good := s.job(call{Policy: Policy{AllowedCommands: []string{"/bin/cat"}}, Operation: Operation{Command: []string{"/bin/cat"}}, Input: map[string]any{"a": 1}})
 	runnertest.Conformance(t, r, runnertest.Cases{
@@ -208,20 +274,11 @@ func TestConformance(t *testing.T) {
 			require.Equal(t, []string{`{"a":1}`}, o.Lines("stdout"))
 			require.EqualValues(t, 0, o.Finished.GetUsage().GetExitCode())
 		},
-		Slow:     s.job(sh(`setsid sh -c 'echo $$ >` + pidFile + `; echo up; exec sleep 1000' & wait`)),
+		Slow:     s.job(sh(`setsid sh -c 'echo up; exec sleep 54321' & wait`)),
 		SlowLine: "up",
-		Gone:     func(t *testing.T) { t.Helper(); requireFileGone(t, pidFile) },
+		Gone:     func(t *testing.T) { t.Helper(); requireNone(t, "sleep 54321") },
 		Big:      s.job(sh(`exec yes 0123456789`)),
 	})
-}
-
-func requireFileGone(t *testing.T, pidFile string) {
-	t.Helper()
-	data, err := os.ReadFile(pidFile)
-	require.NoError(t, err)
-	pid, err := strconv.Atoi(strings.TrimSpace(string(data)))
-	require.NoError(t, err)
-	requireGone(t, pid)
 }
 
 func TestArgumentsStayArguments(t *testing.T) {
@@ -439,7 +496,7 @@ func TestScripts(t *testing.T) {
 	file(t, dir, "pl.pl", "local $/; my $l = <STDIN>; $l =~ /(\\d+)/; print \"{\\\"got\\\":$1}\\n\";\n")
 	own := file(t, dir, "own", "#!/bin/sh\necho '{\"got\":7}'\n")
 	file(t, dir, "sub/deep.sh", "echo '{\"got\":7}'\n")
-	policy := Policy{AllowedCommands: []string{"/usr/bin/python3", "/usr/bin/node", "/usr/bin/bash", "/usr/bin/perl", own}}
+	policy := Policy{AllowedCommands: []string{"/usr/bin/python3", "/usr/bin/node", "/usr/bin/bash", "/usr/bin/perl", "/usr/bin/tr", own}}
 	for _, name := range []string{"py", "js", "mjs", "sh", "pl", "own"} {
 		c := call{Config: Config{WorkingDirectory: dir}, Policy: policy, Name: name, Input: map[string]any{"x": 7}}
 		require.Equal(t, map[string]any{"got": float64(7)}, s.ok(c), name)
@@ -648,7 +705,7 @@ func TestDaemonsGoWithTheJob(t *testing.T) {
 		gate := path + ".gate"
 		require.NoError(t, syscall.Mkfifo(gate, 0o600))
 		begin := time.Now()
-		c := runnertest.Begin(t, s.client, s.job(sh(daemonize(path)+`; echo '{"ok":true}'; read -r x <`+gate+`; echo`)))
+		c := runnertest.Begin(t, s.client, s.job(sh(daemonize(path)+`; echo '{"ok":true}'; read -r x <`+gate+`; echo`).in(filepath.Dir(path))))
 		pid := pidFrom(t, path) // it is up, and holds the job's stdout
 		require.NoError(t, os.WriteFile(gate, []byte("go\n"), 0o600))
 		o := c.Wait()
@@ -662,7 +719,7 @@ func TestDaemonsGoWithTheJob(t *testing.T) {
 func TestCancelEndsDaemons(t *testing.T) {
 	withAndWithout(t, func(t *testing.T, s *shell) {
 		path := fifo(t)
-		c := runnertest.Begin(t, s.client, s.job(sh(`trap '' TERM INT HUP; `+daemonize(path)+`; sleep 1000 & wait; sleep 1000`)))
+		c := runnertest.Begin(t, s.client, s.job(sh(`trap '' TERM INT HUP; `+daemonize(path)+`; sleep 1000 & wait; sleep 1000`).in(filepath.Dir(path))))
 		pid := pidFrom(t, path)
 		c.Cancel("enough")
 		o := c.Wait()
@@ -817,7 +874,7 @@ func TestMeasuredUsage(t *testing.T) {
 }
 
 func TestWithoutControlGroups(t *testing.T) {
-	s := newShellWithout(t)
+	s := newShellWithout(t, Options{without: spaces(true)})
 	o := s.run(sh("i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done").with(Limits{CPUCores: 1, MemoryMB: 100, Processes: 100}))
 	u := o.Finished.GetUsage()
 	require.Equal(t, "rusage", u.GetSource())

@@ -24,6 +24,9 @@ const maxUnsureScans = 5
 
 // kill ends everything that the job started and returns when it is gone.
 func (a *attempt) kill() error {
+	if a.process.contained {
+		return a.killContained()
+	}
 	if a.group == nil {
 		if err := a.killMembers(); err != nil {
 			return err
@@ -39,6 +42,20 @@ func (a *attempt) kill() error {
 		return fmt.Errorf("process %d outlives SIGKILL by %s", a.process.pid, killTimeout)
 	}
 	return a.killOrphans()
+}
+
+// killContained ends a job whose processes cannot outlive its launcher.
+func (a *attempt) killContained() error {
+	a.process.Kill()
+	select {
+	case <-a.process.exited:
+	case <-time.After(killTimeout):
+		return fmt.Errorf("launcher %d outlives SIGKILL by %s", a.process.pid, killTimeout)
+	}
+	if a.group != nil {
+		return a.group.Kill() // nothing is left; new processes could not be made either
+	}
+	return nil
 }
 
 // killOrphans ends what left the job by all means that there are: its control group, its
@@ -294,10 +311,4 @@ func ownThreads() int {
 		}
 	}
 	return total
-}
-
-// processStart is when a process began; 0 if it is gone.
-func processStart(pid int) uint64 {
-	p, _ := readProcess(pid)
-	return p.start
 }

@@ -120,11 +120,12 @@ func (v *validation) enforcement() {
 	if v.policy.NetworkAccess == networkLocalhost && v.r.noLoop != nil {
 		v.warn("security_policy.network_access", "localhost is refused on this machine: "+v.r.noLoop.Error(), "write none, or run the runner as root or with CAP_SYS_ADMIN")
 	}
-	if (v.policy.NetworkAccess == networkNone || v.policy.NetworkAccess == "") && v.r.noNet != nil {
+	if (v.policy.NetworkAccess == networkNone || v.policy.NetworkAccess == "") && v.r.noNet != nil && !v.r.box.holdsSockets() {
 		v.warn("security_policy.network_access", "none is not enforced on this machine: "+v.r.noNet.Error(), "run the runner as root or with CAP_SYS_ADMIN")
 	}
-	if f := v.policy.FileAccess; f == fileNone || f == fileRead {
-		v.warn("security_policy.file_access", f+" is not enforced by this version: the command writes what the runner's user may write", "use the docker execution type to shut files off")
+	if f := v.policy.FileAccess; (f == fileNone || f == fileRead) && !v.r.box.holdsFiles() {
+		v.warn("security_policy.file_access", f+" is not enforced on this machine, which has neither name spaces nor Landlock: the command writes what the runner's user may write",
+			"use the docker execution type to shut files off")
 	}
 }
 

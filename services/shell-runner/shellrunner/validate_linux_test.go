@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/services/shell-runner/internal/sandbox"
 )
 
 func TestValidate(t *testing.T) {
@@ -97,9 +98,8 @@ func TestValidate(t *testing.T) {
 			config: `{}`, policy: `{"allowed_commands":["/bin/sh"]}`, operations: map[string]string{"a": `{}`, "b": `{"script":"x.sh"}`},
 			want: []want{{"operations.a", "no working_directory", false}, {"operations.b", "no working_directory", false}},
 		},
-		"not enforced": {
+		"enforced": {
 			config: `{}`, policy: `{"allowed_commands":["/bin/sh"],"network_access":"localhost","file_access":"read"}`,
-			want: []want{{"security_policy.file_access", "not enforced", true}},
 		},
 		"one fault hides no other": {
 			config: `{"environmnt":{},"working_directory":"work","environment":{"LD_PRELOAD":"x","A":{}},"timeout":"soon"}`,
@@ -170,6 +170,38 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+func TestFileAccessThatIsNotEnforced(t *testing.T) {
+	s := &runner.Service{Policy: []byte(`{"allowed_commands":["/bin/sh"],"file_access":"read"}`)}
+	for _, without := range [][]string{{sandbox.UserNamespace}, {sandbox.Landlock}, {sandbox.Seccomp}} {
+		problems, err := newRunner(t, Options{without: without}).Validate(t.Context(), s)
+		require.NoError(t, err)
+		require.Empty(t, problems, "either holds files")
+	}
+	problems, err := newRunner(t, Options{without: []string{sandbox.UserNamespace, sandbox.Landlock}}).Validate(t.Context(), s)
+	require.NoError(t, err)
+	require.Len(t, problems, 1)
+	require.Equal(t, "security_policy.file_access", problems[0].Path)
+	require.Contains(t, problems[0].Message, "not enforced")
+}
+
+func TestRequiredIsolation(t *testing.T) {
+	temp := t.TempDir()
+	_, err := New(Options{TempDir: temp, RequireIsolation: []string{"sekkomp"}})
+	require.ErrorContains(t, err, `"sekkomp" is not known`)
+	require.ErrorContains(t, err, "landlock, seccomp")
+	_, err = New(Options{TempDir: temp, RequireIsolation: []string{"cgroup", "seccomp", "landlock"}, without: []string{sandbox.Landlock}})
+	require.ErrorContains(t, err, "lacks landlock (")
+	_, err = New(Options{TempDir: temp, RequireIsolation: []string{"all"}, without: []string{sandbox.UserNamespace}})
+	for _, name := range []string{sandbox.UserNamespace, sandbox.MountNamespace, sandbox.PIDNamespace, sandbox.OwnUID, "disk_quota"} {
+		require.ErrorContains(t, err, name)
+	}
+	require.NotContains(t, err.Error(), sandbox.Seccomp)
+	newRunner(t, Options{RequireIsolation: []string{"seccomp", "landlock", "user_namespace"}})
+	if os.Getuid() == 0 {
+		newRunner(t, Options{RequireIsolation: []string{"all"}})
+	}
+}
+
 func TestDescribe(t *testing.T) {
 	r := newRunner(t, Options{})
 	d, err := r.Describe(t.Context())
@@ -180,8 +212,18 @@ func TestDescribe(t *testing.T) {
 		require.True(t, f.Available || f.Detail != "", "%s says why", f.Name)
 	}
 	require.True(t, features["process_group"].Available)
-	require.False(t, features["landlock"].Available, "nothing is claimed that is not done")
-	require.False(t, features["seccomp"].Available)
+	for _, name := range []string{sandbox.Landlock, sandbox.Seccomp, sandbox.UserNamespace, sandbox.MountNamespace, sandbox.PIDNamespace, "disk_quota"} {
+		require.True(t, features[name].Available, features[name].Detail)
+	}
+	bare, err := newRunner(t, Options{without: []string{sandbox.UserNamespace, sandbox.Landlock, sandbox.Seccomp}}).Describe(t.Context())
+	require.NoError(t, err)
+	for _, f := range bare.Isolation {
+		require.True(t, f.Available || f.Detail != "", "%s says why", f.Name)
+		if f.Available {
+			require.Contains(t, []string{"process_group", "private_tmp", "rlimit", "cgroup", "no_new_privileges", "capabilities_dropped", "network_namespace"}, f.Name,
+				"nothing is claimed that is not done")
+		}
+	}
 	if os.Getuid() == 0 {
 		require.True(t, features["cgroup"].Available, features["cgroup"].Detail)
 	}

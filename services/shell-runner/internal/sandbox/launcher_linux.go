@@ -1,0 +1,276 @@
+package sandbox
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// launcherMain is the whole life of a launcher. With sources, the paths of the machine are seen
+// until the job begins; without, what is mounted comes as descriptors.
+func launcherMain(mode string, descriptors bool) int {
+	runtime.LockOSThread()
+	if mode == modeHold {
+		var b [1]byte
+		_, _ = unix.Read(launcherSocket, b[:]) // until the runner has what it wants
+		return 0
+	}
+	l := &launcher{descriptors: descriptors}
+	if err := l.run(mode); err != nil {
+		answer := reply{Err: err.Error()}
+		answer.Errno, _ = errors.AsType[syscall.Errno](err)
+		_ = send(launcherSocket, answer, nil) // the runner sees the end if it cannot be told
+		return 1
+	}
+	return 0
+}
+
+type launcher struct {
+	descriptors bool
+	rules       *ruleset // of the system's directories, made ahead
+	temp        string
+}
+
+func (l *launcher) run(mode string) error {
+	// Neither the job nor another process of this user gets to see the launcher's memory.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("hide the launcher: %w", err)
+	}
+	if err := unix.CloseRange(launcherSocket, 1<<31-1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("keep the descriptors: %w", err)
+	}
+	abi, _ := landlockABI()
+	if mode == modeSpaces {
+		if err := l.prepare(abi); err != nil {
+			return err
+		}
+		if err := send(launcherSocket, reply{}, nil); err != nil {
+			return err
+		}
+	}
+	var s spec
+	files, err := receive(launcherSocket, &s)
+	if err != nil {
+		return nil // the runner has no use for this launcher any more
+	}
+	if len(files) < 3+s.Groups {
+		return errors.New("too few descriptors came")
+	}
+	job := &job{spec: &s, stdio: files[:3], groups: files[3 : 3+s.Groups], mounts: files[3+s.Groups:], launcher: l}
+	if mode == modeBare {
+		return job.become()
+	}
+	return job.carry()
+}
+
+// job is a job in its launcher.
+type job struct {
+	spec                  *spec
+	stdio, groups, mounts []int
+	launcher              *launcher
+}
+
+// carry starts the program as a child and stays until it ends. All other processes of the job
+// end with the launcher.
+func (j *job) carry() error {
+	if err := j.launcher.fit(j); err != nil {
+		return err
+	}
+	if j.spec.Network == OwnLoopback {
+		if err := raiseLoopback(); err != nil {
+			return err
+		}
+	}
+	if err := j.setLimits(); err != nil {
+		return err
+	}
+	type start struct {
+		pid int
+		err error
+	}
+	started := make(chan start)
+	// What a process inherits from its maker's thread is set on a thread made for it. It lives as
+	// long as the launcher, since it is in the job's control groups.
+	go func() {
+		runtime.LockOSThread()
+		pid, err := 0, j.confine()
+		if err == nil {
+			pid, err = syscall.ForkExec(j.spec.Path, j.spec.Argv, &syscall.ProcAttr{ //nolint:gosec // what the policy allows
+				Dir: j.spec.Dir, Env: j.spec.Env, Files: []uintptr{uintptr(j.stdio[0]), uintptr(j.stdio[1]), uintptr(j.stdio[2])}, //nolint:gosec // descriptors
+				Sys: &syscall.SysProcAttr{Setsid: true},
+			})
+		}
+		started <- start{pid, err}
+		select {} // the thread must not be used for anything else
+	}()
+	s := <-started
+	if s.err != nil {
+		return s.err
+	}
+	for _, fd := range append(append(j.stdio, j.groups...), j.mounts...) {
+		_ = unix.Close(fd)
+	}
+	if err := send(launcherSocket, reply{}, nil); err != nil {
+		return err
+	}
+	go func() { // anything that the runner says, and its end, is the end of the job
+		var b [1]byte
+		_, _ = unix.Read(launcherSocket, b[:])
+		_ = unix.Kill(-1, unix.SIGKILL)
+	}()
+	for {
+		var status unix.WaitStatus
+		var used unix.Rusage
+		pid, err := unix.Wait4(-1, &status, unix.WALL, &used)
+		if errors.Is(err, unix.EINTR) || err == nil && (pid != s.pid || !status.Exited() && !status.Signaled()) {
+			continue // an orphan of the job
+		}
+		if err != nil {
+			return fmt.Errorf("wait for the program: %w", err)
+		}
+		return send(launcherSocket, reply{OwnPeak: ownPeak(), Ended: &ended{
+			Status: uint32(status), Utime: used.Utime.Nano(), Stime: used.Stime.Nano(), MaxRSS: used.Maxrss, Inblock: used.Inblock, Oublock: used.Oublock,
+			TempUsed: j.launcher.tempUsed(),
+		}}, nil)
+	}
+}
+
+// become executes the program in the launcher's place.
+func (j *job) become() error {
+	if j.spec.OwnNetwork {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("make a network name space: %w", err)
+		}
+		if j.spec.Network == OwnLoopback {
+			if err := raiseLoopback(); err != nil {
+				return err
+			}
+		}
+	}
+	if j.spec.ABI > 0 {
+		var err error
+		if j.launcher.rules, err = newRuleset(j.spec.ABI); err != nil {
+			return err
+		}
+		if err := j.launcher.rules.allowSystem(); err != nil {
+			return err
+		}
+	}
+	if err := os.Chdir(j.spec.Dir); err != nil {
+		return err
+	}
+	for i, fd := range j.stdio {
+		if err := unix.Dup3(fd, i, 0); err != nil {
+			return fmt.Errorf("set descriptor %d: %w", i, err)
+		}
+	}
+	if err := j.setLimits(); err != nil {
+		return err
+	}
+	if err := j.confine(); err != nil {
+		return err
+	}
+	if err := send(launcherSocket, reply{OwnPeak: ownPeak()}, nil); err != nil {
+		return err
+	}
+	return syscall.Exec(j.spec.Path, j.spec.Argv, j.spec.Env) //nolint:gosec // what the policy allows
+}
+
+// confine takes from this thread, and from what it starts, what a job is not to have.
+func (j *job) confine() error {
+	for _, fd := range j.groups {
+		if _, err := unix.Write(fd, []byte("0")); err != nil {
+			return fmt.Errorf("join the control group: %w", err)
+		}
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("set no_new_privs: %w", err)
+	}
+	if j.launcher.rules != nil && j.spec.ABI > 0 {
+		for _, r := range j.spec.Rules {
+			if err := j.launcher.rules.allow(r.Path, r.Access); err != nil {
+				return err
+			}
+		}
+		if err := j.launcher.rules.apply(); err != nil {
+			return err
+		}
+	}
+	if err := dropCapabilities(); err != nil {
+		return err
+	}
+	if j.spec.NoFilter {
+		return nil
+	}
+	program, err := systemCalls(j.spec.NoSockets)
+	if err != nil {
+		return err
+	}
+	return applyFilter(program)
+}
+
+// ownPeak is this process's largest memory, in KiB.
+func ownPeak() int64 {
+	var ru unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &ru); err != nil {
+		return 1 << 40
+	}
+	return ru.Maxrss
+}
+
+func (j *job) setLimits() error {
+	for _, l := range j.spec.Limits {
+		var now unix.Rlimit
+		if err := unix.Getrlimit(l.Which, &now); err != nil {
+			return fmt.Errorf("read limit %d: %w", l.Which, err)
+		}
+		if err := unix.Setrlimit(l.Which, &unix.Rlimit{Cur: min(l.Soft, now.Max), Max: min(l.Hard, now.Max)}); err != nil {
+			return fmt.Errorf("set limit %d: %w", l.Which, err)
+		}
+	}
+	return nil
+}
+
+// dropCapabilities takes every capability from this thread, and the way to any.
+func dropCapabilities() error {
+	for c := uintptr(0); ; c++ {
+		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
+		if errors.Is(err, syscall.EINVAL) { // beyond the last
+			break
+		}
+		if errors.Is(err, syscall.EPERM) { // the runner may not; no_new_privs keeps the set from giving any
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("drop capability %d: %w", c, err)
+		}
+	}
+	// With nothing inheritable, the ambient set is empty, too.
+	var none [2]unix.CapUserData
+	if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); err != nil {
+		return fmt.Errorf("drop the capabilities: %w", err)
+	}
+	return nil
+}
+
+// raiseLoopback makes 127.0.0.1 and ::1 usable in the thread's network.
+func raiseLoopback() error {
+	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("raise the loopback: %w", err)
+	}
+	defer func() { _ = unix.Close(socket) }()
+	lo, err := unix.NewIfreq("lo")
+	if err != nil {
+		return fmt.Errorf("raise the loopback: %w", err)
+	}
+	lo.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+	if err := unix.IoctlIfreq(socket, unix.SIOCSIFFLAGS, lo); err != nil {
+		return fmt.Errorf("raise the loopback: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,159 @@
+package sandbox
+
+import (
+	"bytes"
+	"debug/elf"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+)
+
+// Program is an allowed program.
+type Program struct {
+	// Listed is the path by which the policy names it, Path the file that this leads to.
+	Listed, Path string
+}
+
+const (
+	// maxInterpreters is how deep the kernel follows #! lines.
+	maxInterpreters = 4
+	maxShebang      = 256
+)
+
+// needs are what a program needs besides itself to be executed: the files that the kernel
+// executes on its behalf.
+type needs struct {
+	size, mtime int64
+	inode       uint64
+	executed    []string
+}
+
+var known sync.Map // path -> needs
+
+// interpreters gives the files that the kernel executes with a program: the interpreter of its #!
+// line and, where that is env, the program that it names; and the dynamic loader.
+func interpreters(path string, depth int) []string {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer func() { _ = f.Close() }()
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		return nil
+	}
+	key := needs{size: info.Size(), mtime: info.ModTime().UnixNano()}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		key.inode = st.Ino
+	}
+	if v, ok := known.Load(path); ok {
+		if k, ok := v.(needs); ok && k.size == key.size && k.mtime == key.mtime && k.inode == key.inode {
+			return k.executed
+		}
+	}
+	head := make([]byte, maxShebang)
+	n, _ := f.ReadAt(head, 0)
+	head = head[:n]
+	switch {
+	case bytes.HasPrefix(head, []byte("#!")):
+		key.executed = shebang(head, depth)
+	case bytes.HasPrefix(head, []byte(elf.ELFMAG)):
+		key.executed = loader(f)
+	}
+	if depth == 0 {
+		known.Store(path, key)
+	}
+	return key.executed
+}
+
+func shebang(head []byte, depth int) []string {
+	if depth == maxInterpreters {
+		return nil
+	}
+	line, _, _ := bytes.Cut(head[2:], []byte("\n"))
+	words := strings.Fields(string(line))
+	if len(words) == 0 || !filepath.IsAbs(words[0]) {
+		return nil
+	}
+	names := words[:1]
+	if filepath.Base(words[0]) == "env" {
+		for _, w := range words[1:] {
+			if strings.HasPrefix(w, "-") || strings.Contains(w, "=") {
+				continue
+			}
+			for _, dir := range []string{"/usr/local/bin", "/usr/bin", "/bin"} {
+				if p := filepath.Join(dir, w); !strings.Contains(w, "/") && isFile(p) {
+					names = append(names, p)
+					break
+				}
+			}
+			break
+		}
+	}
+	var all []string
+	for _, name := range names {
+		real, err := filepath.EvalSymlinks(name)
+		if err != nil {
+			continue
+		}
+		all = append(append(all, real), interpreters(real, depth+1)...)
+	}
+	return all
+}
+
+func isFile(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular()
+}
+
+func loader(f *os.File) []string {
+	image, err := elf.NewFile(f)
+	if err != nil {
+		return nil
+	}
+	for _, p := range image.Progs {
+		if p.Type != elf.PT_INTERP || p.Filesz > 4096 {
+			continue
+		}
+		name, err := io.ReadAll(io.LimitReader(p.Open(), 4096))
+		if err != nil {
+			return nil
+		}
+		if real, err := filepath.EvalSymlinks(string(bytes.TrimRight(name, "\x00"))); err == nil {
+			return []string{real}
+		}
+	}
+	return nil
+}
+
+// inSystem tells whether a resolved path is seen by every job.
+func inSystem(path string) bool {
+	return slices.ContainsFunc(system, func(dir string) bool { return below(dir, path) })
+}
+
+func below(dir, path string) bool {
+	return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/")
+}
+
+// support gives the directories that come with a program of an installation of its own: those
+// named lib and so on next to the bin that it lies in, and the mark of a Python environment.
+func support(p Program) []string {
+	var found []string
+	for _, path := range []string{p.Path, p.Listed} {
+		dir := filepath.Dir(path)
+		if base := filepath.Base(dir); base != "bin" && base != "sbin" || inSystem(path) {
+			continue
+		}
+		for _, name := range []string{"lib", "lib64", "libexec", "share", "pyvenv.cfg"} {
+			real, err := filepath.EvalSymlinks(filepath.Join(filepath.Dir(dir), name))
+			if err == nil && !inSystem(real) && !slices.Contains(found, real) {
+				found = append(found, real)
+			}
+		}
+	}
+	return found
+}
