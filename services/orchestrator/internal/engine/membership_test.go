@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -39,11 +40,7 @@ func (m *members) Heartbeat(_ context.Context, owner string, register bool) (map
 		return nil, store.ErrFenced
 	}
 	m.beats[owner]++
-	out := map[string]int64{}
-	for name, beat := range m.beats {
-		out[name] = beat
-	}
-	return out, nil
+	return maps.Clone(m.beats), nil
 }
 
 func (m *members) Bury(_ context.Context, owner string, beat int64) (bool, error) {
@@ -79,6 +76,7 @@ func (*members) Listen(ctx context.Context, _ func(store.Notice)) error {
 	<-ctx.Done()
 	return ctx.Err()
 }
+
 func (*members) ExecutionTypes(context.Context) (map[string]store.ExecutionType, error) {
 	return nil, nil
 }
