@@ -344,9 +344,9 @@ func newStatements(types map[string]string) *statements {
 			set += fmt.Sprintf(", %s = %s", c.name, jobValue(c))
 		}
 	}
-	s.adoptJobs = set + fmt.Sprintf(` FROM %s WHERE j.id = d.id AND j.status = 'pending' AND j.run_id IS NULL RETURNING j.id),
+	s.adoptJobs = set + fmt.Sprintf(` FROM %s WHERE j.id = d.id AND j.status = 'pending' AND %s RETURNING j.id),
 		gone AS (DELETE FROM jobs.tb_job_queue q USING adopted a WHERE q.job_id = a.id)
-		SELECT jobs.fn_expect(count(*), $%d, 'adopt') FROM adopted`, source(adoptColumns), len(adoptColumns)+1)
+		SELECT jobs.fn_expect(count(*), $%d, 'adopt') FROM adopted`, source(adoptColumns), loose, len(adoptColumns)+1)
 	set = "WITH changed AS (UPDATE jobs.tb_job_run j SET updated_at = now()"
 	for _, c := range changeJobColumns[2:] {
 		set += fmt.Sprintf(", %s = %s", c.name, jobValue(c))
