@@ -36,12 +36,21 @@ func (s *Store) Commit(ctx context.Context, records []*store.Record) ([]error, e
 			within, cancel := context.WithTimeout(context.WithoutCancel(bounded), s.timeout)
 			defer cancel()
 			results = make([]error, len(records))
-			err := s.commitAtOnce(within, c, records, rowIDs)
-			if err == nil || !s.findLosers(err, records) {
+			err := s.settle(within, c)
+			if err != nil {
 				return err
 			}
-			clear(rowIDs)
-			return s.commitEach(within, c, records, results, rowIDs)
+			defer func() {
+				if err != nil && c.IsClosed() {
+					s.doubt(c)
+				}
+			}()
+			err = s.commitAtOnce(within, c, records, rowIDs)
+			if err != nil && s.findLosers(err, records) {
+				clear(rowIDs)
+				err = s.commitEach(within, c, records, results, rowIDs)
+			}
+			return err
 		})
 		if e, ok := ofServer(err); !ok || e.Code != codeDeadlock && e.Code != codeSerialize {
 			break

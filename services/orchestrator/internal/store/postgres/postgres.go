@@ -51,6 +51,8 @@ type Store struct {
 
 	mu     sync.RWMutex
 	tables map[string]*table // columns of entity tables, by quoted name
+	// doubts are sessions of the server whose commit had no answer.
+	doubts []session
 }
 
 var _ store.Store = (*Store)(nil)
@@ -132,8 +134,10 @@ func poolConfig(o Options) (*pgxpool.Config, error) {
 	config.MaxConnLifetimeJitter = 10 * time.Minute
 	configure(config.ConnConfig)
 	config.AfterConnect = func(ctx context.Context, c *pgx.Conn) error {
-		_, err := c.Exec(ctx, settings, pgx.QueryExecModeSimpleProtocol)
-		return err
+		if _, err := c.Exec(ctx, settings, pgx.QueryExecModeSimpleProtocol); err != nil {
+			return err
+		}
+		return nameSession(ctx, c)
 	}
 	return config, nil
 }

@@ -195,21 +195,27 @@ func (s *Store) Runs(ctx context.Context, f store.RunFilter) ([]*store.Run, erro
 	return runs, nil
 }
 
-// RunStates implements [store.Store].
+// RunStates implements [store.Store]. What it says of a commit that had no answer stays true.
 func (s *Store) RunStates(ctx context.Context, ids []string) (map[string]store.RunState, error) {
 	out := make(map[string]store.RunState, len(ids))
 	if len(ids) == 0 {
 		return out, ctx.Err()
 	}
-	_, err := all(ctx, s, func(row pgx.CollectableRow) (struct{}, error) {
-		var id string
-		var st store.RunState
-		err := row.Scan(&id, &st.Status, &st.Owner, &st.Epoch, &st.Sequence, &st.LogSequence)
-		out[id] = st
-		return struct{}{}, err
-	}, `SELECT r.id::text, r.status, r.owner, r.epoch, r.sequence,
+	err := s.with(ctx, func(ctx context.Context, c *pgx.Conn) error {
+		if err := s.settle(ctx, c); err != nil {
+			return err
+		}
+		_, err := query(ctx, c, func(row pgx.CollectableRow) (struct{}, error) {
+			var id string
+			var st store.RunState
+			err := row.Scan(&id, &st.Status, &st.Owner, &st.Epoch, &st.Sequence, &st.LogSequence)
+			out[id] = st
+			return struct{}{}, err
+		}, `SELECT r.id::text, r.status, r.owner, r.epoch, r.sequence,
 			coalesce((SELECT max(l.sequence) FROM jobs.tb_job_log l WHERE l.run_id = r.id), 0)
 		FROM unnest($1::uuid[]) AS d (id) JOIN jobs.tb_workflow_run r ON r.id = d.id`, gather(ids, uuidValue))
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("states of runs: %w", err)
 	}

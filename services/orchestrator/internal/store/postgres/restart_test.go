@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -110,19 +113,20 @@ func TestServerRestarts(t *testing.T) {
 			require.Fail(t, "no notices after the restart", "%v", seen)
 		}
 	}
-	require.NoError(t, run(t, st, "INSERT INTO jobs.tb_job_run (service_name, operation) VALUES ('api', 'call')"))
-	for {
+	// A connection's own notices begin with that of work: more of requests than of work is a signal's doing.
+	// One that was sent before the last connection listened is lost.
+	for seen[store.NoticeRequest] <= seen[store.NoticeWork] {
 		select {
 		case n := <-heard:
-			if n == store.NoticeWork && len(heard) == 0 {
-				stop()
-				require.ErrorIs(t, <-listened, context.Canceled)
-				return
-			}
+			seen[n]++
+		case <-time.After(200 * time.Millisecond):
+			require.NoError(t, st.AddSignal(t.Context(), &store.Signal{RunID: runs[0], Name: "go"}))
 		case <-limit:
-			require.Fail(t, "no notice of work")
+			require.Fail(t, "no notice of the signal", "%v", seen)
 		}
 	}
+	stop()
+	require.ErrorIs(t, <-listened, context.Canceled)
 }
 
 // TestStoppedConnections: the database ends every connection; the next caller gets a new one.
@@ -175,4 +179,55 @@ func TestTooManyConnections(t *testing.T) {
 	require.NoError(t, j.Close())
 	require.Equal(t, int64(20), good.Load())
 	t.Logf("%d reads had to wait for a connection", unavailable.Load())
+}
+
+// TestServerHangs: the sessions of the server stop in the middle of a commit. The store gives up waiting and tries again on
+// others, but writes nothing until it is certain what became of the first try, which the server carries out when it goes on.
+func TestServerHangs(t *testing.T) {
+	url := ready(t)
+	st, err := Open(t.Context(), Options{URL: url, Timeout: time.Second})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, st.Close()) })
+	j := store.NewJournal(st, store.JournalOptions{})
+	id := newID()
+	require.NoError(t, j.Append(t.Context(), create(id)))
+	c := pgtest.Shared(t)
+	for n := int64(2); n <= 4; n++ {
+		var stopped []int
+		for pid := range strings.Lines(c.Psql(t, url, "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'specql-orchestrator'")) {
+			number, err := strconv.Atoi(strings.TrimSpace(pid))
+			require.NoError(t, err)
+			require.NoError(t, syscall.Kill(number, syscall.SIGSTOP))
+			stopped = append(stopped, number)
+		}
+		goOn := sync.OnceFunc(func() {
+			for _, pid := range stopped {
+				_ = syscall.Kill(pid, syscall.SIGCONT)
+			}
+		})
+		t.Cleanup(goOn)
+		appended := make(chan error, 1)
+		go func() {
+			appended <- j.Append(t.Context(), &store.Record{RunID: id, Epoch: 1, Sequence: n, NewJobs: []*store.Job{newJob(id, n)}})
+		}()
+		require.Eventually(t, func() bool {
+			st.mu.RLock()
+			defer st.mu.RUnlock()
+			return len(st.doubts) > 0
+		}, time.Minute, time.Millisecond)
+		_, err := st.RunStates(t.Context(), []string{id})
+		require.ErrorIs(t, err, store.ErrUnavailable, "nobody can say")
+		select {
+		case err := <-appended:
+			require.Fail(t, "the record cannot have been written", "%v", err)
+		default:
+		}
+		goOn()
+		require.NoError(t, <-appended)
+		h, err := st.History(t.Context(), id)
+		require.NoError(t, err)
+		require.Equal(t, n, h.Run.Sequence)
+		require.Len(t, h.Jobs, int(n), "once")
+	}
+	require.NoError(t, j.Close())
 }
