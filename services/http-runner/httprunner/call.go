@@ -267,6 +267,10 @@ func (c *call) exchange(ctx context.Context, m *message) (res *http.Response, re
 		}
 		return nil, false, ferr
 	}
+	if res.StatusCode == http.StatusSwitchingProtocols {
+		_ = res.Body.Close() // it is the connection itself, and has no end
+		return nil, false, fault.New(fault.RemoteError, "%s %s answered 101 and speaks another protocol now, which was not asked for", m.method, withoutSecrets(m.url))
+	}
 	if res.TLS != nil {
 		c.checks.Allow("tls", m.target.host+" by "+tls.VersionName(res.TLS.Version))
 	}

@@ -70,6 +70,8 @@ func (c *call) classify(ctx context.Context, err error, method string, u *url.UR
 		return remote("the target does not speak TLS here; is the port right, or is it an http URL?")
 	case errors.As(err, &alert):
 		return remote("the TLS handshake failed: " + excerpt([]byte(alert.Error())))
+	case strings.HasPrefix(innermost(err), "tls: "): // a version, a cipher or a message of the handshake; they have no types
+		return remote("the TLS handshake failed: " + excerpt([]byte(innermost(err))))
 	case errors.Is(err, gzip.ErrHeader), errors.Is(err, gzip.ErrChecksum), errors.As(err, &corrupt):
 		return remote("the compressed body is damaged")
 	case errors.As(err, &dns):
@@ -93,7 +95,7 @@ func malformed(err error) bool {
 	return slices.ContainsFunc([]string{
 		"malformed HTTP", "multiple Content-Length", "malformed MIME", "server response headers exceeded", "unsupported transfer encoding", "bad Content-Length",
 		"http2: server sent GOAWAY", "too many transfer encodings", "invalid header", "malformed chunked", "invalid byte in chunk length",
-		"too many 1xx", "suspiciously long trailer", "chunked encoding", "chunked line", "header list too long", "invalid URL host", "unexpected trailer",
+		"too many 1xx", "suspiciously long trailer", "chunked encoding", "chunked line", "header list too long", "header line too long", "invalid URL host", "unexpected trailer",
 	}, func(s string) bool { return strings.Contains(text, s) })
 }
 

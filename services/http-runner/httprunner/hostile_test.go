@@ -23,8 +23,8 @@ import (
 	"github.com/specql/mesh/pkg/fault"
 )
 
-// nameServer is a DNS server that answers the n-th question for an IPv4 address, from 0, with
-// what answers gives.
+// nameServer is a DNS server that answers with what answers gives for a name; n counts the
+// questions for an IPv4 address, from 0.
 func nameServer(t *testing.T, answers func(name string, n int) netip.Addr) *net.Resolver {
 	t.Helper()
 	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -45,13 +45,16 @@ func nameServer(t *testing.T, answers func(name string, n int) netip.Addr) *net.
 			}
 			q := m.Questions[0]
 			reply := dnsmessage.Message{Header: dnsmessage.Header{ID: m.ID, Response: true, Authoritative: true}, Questions: m.Questions[:1]}
-			if q.Type == dnsmessage.TypeA {
-				addr := answers(q.Name.String(), n)
+			addr := answers(q.Name.String(), n)
+			header := dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, Type: q.Type}
+			switch {
+			case q.Type == dnsmessage.TypeA:
 				n++
-				reply.Answers = []dnsmessage.Resource{{
-					Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, Type: q.Type},
-					Body:   &dnsmessage.AResource{A: addr.As4()},
-				}}
+				if addr.Is4() {
+					reply.Answers = []dnsmessage.Resource{{Header: header, Body: &dnsmessage.AResource{A: addr.As4()}}}
+				}
+			case q.Type == dnsmessage.TypeAAAA && addr.Is6():
+				reply.Answers = []dnsmessage.Resource{{Header: header, Body: &dnsmessage.AAAAResource{AAAA: addr.As16()}}}
 			}
 			if out, err := reply.Pack(); err == nil {
 				_, _ = conn.WriteTo(out, from)

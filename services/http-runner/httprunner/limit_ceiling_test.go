@@ -15,7 +15,9 @@ func TestCeilingOfTheRateHoldsForEveryName(t *testing.T) {
 	t.Parallel()
 	rec := record(t, nil)
 	r := newRunner(t, Options{Ceiling: &Policy{AllowPrivateNetworks: true, RateLimitPerMinute: 3}})
-	call := func(i int) attempt { return attempt{name: "svc-" + strconv.Itoa(i), config: object{"base_url": rec.URL}} }
+	call := func(i int) attempt {
+		return attempt{name: "svc-" + strconv.Itoa(i), config: object{"base_url": rec.URL}}
+	}
 	for i := range 3 {
 		call(i).ok(t, r)
 	}
