@@ -84,7 +84,8 @@ CREATE INDEX IF NOT EXISTS ix_workflow_run_completed
     ON jobs.tb_workflow_run (completed_at) WHERE completed_at IS NOT NULL;
 
 -- A row a call. A client that inserts service_name, operation and input_data has the call made, once its
--- transaction has committed. What changes when a call ends is in no index, so that its end writes none.
+-- transaction has committed. What changes when a call ends is in no index, so that its end writes none where its page has room:
+-- pages are half filled at first, since a row doubles with what the call gave.
 CREATE TABLE IF NOT EXISTS jobs.tb_job_run (
     id               uuid             NOT NULL DEFAULT gen_random_uuid() PRIMARY KEY,
     identifier       text             NOT NULL DEFAULT gen_random_uuid()::text UNIQUE,
@@ -122,7 +123,7 @@ CREATE TABLE IF NOT EXISTS jobs.tb_job_run (
     runner_config    jsonb,
     output_data      jsonb,
     input_data       jsonb
-) WITH (fillfactor = 70, autovacuum_vacuum_insert_scale_factor = 0.05);
+) WITH (fillfactor = 50, autovacuum_vacuum_insert_scale_factor = 0.05);
 
 -- The old table: what it lacks is added without touching a row, what it forbids is allowed. One statement
 -- for all of it, since each would need the lock anew.
@@ -209,6 +210,9 @@ BEGIN
 
     IF cardinality(parts) > 0 THEN
         CALL jobs.pr_patiently('ALTER TABLE jobs.tb_job_run ' || array_to_string(parts, ', '));
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_class WHERE oid = t AND reloptions::text LIKE '%fillfactor%') THEN
+        CALL jobs.pr_patiently('ALTER TABLE jobs.tb_job_run SET (fillfactor = 50, autovacuum_vacuum_insert_scale_factor = 0.05)');
     END IF;
 END
 $$;
