@@ -21,6 +21,11 @@ INSERT INTO jobs.tb_job_run (identifier, service_name, operation, input_data, st
 SELECT $1 || '-' || n, 'worker', 'work', jsonb_build_object('run', $1::text, 'step', n::text, 'before', ''), 'pending'
 FROM generate_series(1, $2::int) n`
 
+// pollOf is how often n jobs are looked at: not so often that looking is most of the work.
+func pollOf(n int) time.Duration {
+	return max(5*time.Millisecond, min(time.Duration(n)*100*time.Microsecond, time.Second))
+}
+
 // untilCompleted waits until n jobs of a name have completed.
 func (m *mesh) untilCompleted(ctx context.Context, name string, n int) {
 	m.t.Helper()
@@ -29,7 +34,7 @@ func (m *mesh) untilCompleted(ctx context.Context, name string, n int) {
 		err := m.db.QueryRow(ctx, `SELECT count(*) FILTER (WHERE status = 'completed'), count(*) FILTER (WHERE status IN ('failed', 'cancelled'))
 			FROM jobs.tb_job_run WHERE input_data ->> 'run' = $1`, name).Scan(&completed, &failed)
 		return err == nil && (completed == n || failed > 0)
-	}, 3*patience, 100*time.Millisecond, "%d jobs of %s have completed", n, name)
+	}, 3*patience, pollOf(n), "%d jobs of %s have completed", n, name)
 	require.Zero(m.t, failed, "jobs of %s that failed", name)
 }
 
@@ -52,7 +57,7 @@ func (m *mesh) requireEachOnce(name string, n int) {
 
 // SQL is a front door: a row is a call, once its transaction has committed, and not otherwise.
 func TestFrontDoor(t *testing.T) {
-	const rows = 2000
+	const rows = 10_000
 	m := startMesh(t, size{orchestrators: 2, runners: 2})
 	tx, err := m.db.Begin(t.Context())
 	require.NoError(t, err)
