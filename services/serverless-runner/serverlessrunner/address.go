@@ -11,6 +11,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -44,7 +46,6 @@ func (e *addressError) Error() string { return fmt.Sprintf("%s is %s", e.addr, e
 var metadataAddrs = map[netip.Addr]bool{
 	netip.MustParseAddr("168.63.129.16"):   true, // Azure's host
 	netip.MustParseAddr("100.100.100.200"): true, // Alibaba
-	netip.MustParseAddr("fd00:ec2::254"):   true, // AWS over IPv6
 	netip.MustParseAddr("fd20:ce::254"):    true, // Google over IPv6
 }
 
@@ -57,12 +58,18 @@ var (
 		netip.MustParsePrefix("0.0.0.0/8"),
 		netip.MustParsePrefix("192.0.0.0/24"),
 		netip.MustParsePrefix("240.0.0.0/4"),
-		netip.MustParsePrefix("2001::/32"), // Teredo
-		netip.MustParsePrefix("::/96"),     // IPv4-compatible
-		netip.MustParsePrefix("fec0::/10"), // site-local
+		netip.MustParsePrefix("192.0.2.0/24"),
+		netip.MustParsePrefix("192.88.99.0/24"),
+		netip.MustParsePrefix("198.51.100.0/24"),
+		netip.MustParsePrefix("203.0.113.0/24"),
+		netip.MustParsePrefix("2001::/23"), // Teredo and others
+		netip.MustParsePrefix("2001:db8::/32"),
+		netip.MustParsePrefix("3fff::/20"),
+		netip.MustParsePrefix("fd00:ec2::/32"), // AWS's metadata over IPv6
 	}
-	nat64    = netip.MustParsePrefix("64:ff9b::/96")
-	sixToFor = netip.MustParsePrefix("2002::/16")
+	globalUnicast6 = netip.MustParsePrefix("2000::/3")
+	nat64          = netip.MustParsePrefix("64:ff9b::/96")
+	sixToFor       = netip.MustParsePrefix("2002::/16")
 )
 
 // checkAddr says why an address may not be connected to, or nil.
@@ -89,6 +96,10 @@ func (r reach) checkAddr(addr netip.Addr) error {
 	// An IPv4 address inside of an IPv6 address is where the packets go.
 	if inner, ok := embedded(addr); ok {
 		return r.checkAddr(inner)
+	}
+	// What is left of IPv6 hides IPv4 addresses in ways that are not looked into (64:ff9b:1::/48, ::ffff:0:0:0/96), or leads nowhere.
+	if addr.Is6() && !addr.IsPrivate() && !globalUnicast6.Contains(addr) {
+		return no("an address that no function has")
 	}
 	if r == reachPublic && (addr.IsPrivate() || within(privateNets, addr)) {
 		return &addressError{addr: addr, why: "an address of a private network", private: true}
@@ -218,6 +229,33 @@ func (b *boundedBody) Read(p []byte) (int, error) {
 	return n, err // io.EOF must stay as it is
 }
 
+// innermost is the text of the error at the bottom of a chain.
+func innermost(err error) string {
+	for next := errors.Unwrap(err); next != nil; next = errors.Unwrap(err) {
+		err = next
+	}
+	return err.Error()
+}
+
+// malformed recognises the errors of net/http for answers that break the protocol; they have no types.
+func malformed(text string) bool {
+	return slices.ContainsFunc([]string{
+		"malformed HTTP", "malformed MIME", "malformed chunked", "multiple Content-Length", "bad Content-Length", "server response headers exceeded", "header line too long",
+		"too many 1xx", "suspiciously long trailer", "chunked encoding", "invalid byte in chunk length", "unsupported transfer encoding", "invalid header",
+	}, func(s string) bool { return strings.Contains(text, s) })
+}
+
+// neverSent says whether an error came before a request could reach the function.
+func neverSent(err error) bool {
+	var (
+		certificate *tls.CertificateVerificationError
+		record      tls.RecordHeaderError
+		dns         *net.DNSError
+		op          *net.OpError
+	)
+	return isRefused(err) || errors.As(err, &certificate) || errors.As(err, &record) || errors.As(err, &dns) || errors.As(err, &op) && op.Op == "dial"
+}
+
 // isRefused says whether an address was refused.
 func isRefused(err error) bool {
 	var refused *addressError
@@ -239,6 +277,10 @@ func connectionFault(err error, host string) *fault.Error {
 		return fault.Wrap(err, fault.RemoteError, "the certificate of %s is not trusted: %v", host, certificate.Err)
 	case errors.As(err, &record):
 		return fault.Wrap(err, fault.RemoteError, "%s does not speak TLS: %v", host, record.Msg)
+	case strings.Contains(err.Error(), "tls: "): // versions and alerts of the handshake; they have no types
+		return fault.Wrap(err, fault.RemoteError, "the TLS handshake with %s failed: %s", host, clip(innermost(err), 300))
+	case malformed(innermost(err)):
+		return fault.Wrap(err, fault.RemoteError, "%s answers with something that is not valid HTTP: %s", host, clip(innermost(err), 300))
 	case errors.As(err, &dns) && dns.IsNotFound:
 		return fault.Wrap(err, fault.Unavailable, "there is no host %s; check region, project, app_name or endpoint", host)
 	}

@@ -106,8 +106,11 @@ func credentialsFault(err error, c Config) error {
 	}
 }
 
-// invokeLambda invokes a Lambda function once.
-func (r *Runner) invokeLambda(ctx context.Context, c *call) (json.RawMessage, error) {
+// lambda gives the client of a call.
+func (r *Runner) lambda(ctx context.Context, c *call) (*lambda.Client, error) {
+	if c.aws != nil {
+		return c.aws, nil
+	}
 	keys, err := r.awsCredentials(ctx, c)
 	if err != nil {
 		return nil, err
@@ -119,6 +122,16 @@ func (r *Runner) invokeLambda(ctx context.Context, c *call) (json.RawMessage, er
 		// The orchestrator retries, so that each attempt is seen in the journal.
 		Retryer:      aws.NopRetryer{},
 		BaseEndpoint: aws.String(strings.TrimSuffix(c.target.url.String(), "/")),
+	}
+	c.aws = lambda.New(o)
+	return c.aws, nil
+}
+
+// invokeLambda invokes a Lambda function once.
+func (r *Runner) invokeLambda(ctx context.Context, c *call) (json.RawMessage, error) {
+	function, err := r.lambda(ctx, c)
+	if err != nil {
+		return nil, err
 	}
 	in := &lambda.InvokeInput{
 		FunctionName:   aws.String(c.config.FunctionName),
@@ -138,7 +151,7 @@ func (r *Runner) invokeLambda(ctx context.Context, c *call) (json.RawMessage, er
 		in.ClientContext = aws.String(client)
 	}
 	c.invoked = true
-	out, err := lambda.New(o).Invoke(ctx, in)
+	out, err := function.Invoke(ctx, in)
 	if err != nil {
 		return nil, c.lambdaFault(err)
 	}
@@ -331,6 +344,9 @@ func (c *call) lambdaFault(err error) error {
 	if errors.As(err, &answer) && answer.Response != nil && answer.Response.Response != nil {
 		status = answer.HTTPStatusCode()
 		c.usage.StatusCode = new(int32(status)) //nolint:gosec // three digits
+	}
+	if status >= 400 && status <= 499 || status == 0 && neverSent(err) {
+		c.costUSD = 0 // the function did not run
 	}
 	if isRefused(err) {
 		return err

@@ -75,7 +75,7 @@ func TestLambda(t *testing.T) {
 		for _, c := range result.Security.GetChecks() {
 			require.True(t, c.GetAllowed(), c)
 		}
-		require.Len(t, result.Security.GetChecks(), 4)
+		require.Len(t, result.Security.GetChecks(), 8, "four before the provider is asked, three on what it tells, one on the cost")
 	})
 
 	t.Run("an error of the function is not retried", func(t *testing.T) {
@@ -176,9 +176,23 @@ func TestLambdaWithoutCredentials(t *testing.T) {
 // fakeLambda answers every invocation in the wire format of Lambda.
 func fakeLambda(t *testing.T, status int, header map[string]string, body string) string {
 	t.Helper()
+	return toldLambda(t, "", status, header, body)
+}
+
+// toldLambda is fakeLambda that also tells the function's configuration; "" is a runner that may not ask.
+func toldLambda(t *testing.T, configuration string, status int, header map[string]string, body string) string {
+	t.Helper()
 	return server(t, func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
 		w.Header().Set("X-Amzn-RequestId", "req-1")
+		if r.Method == http.MethodGet {
+			if configuration == "" || !strings.HasSuffix(r.URL.Path, "/configuration") {
+				w.Header().Set("X-Amzn-Errortype", "AccessDeniedException")
+				w.WriteHeader(http.StatusForbidden)
+			}
+			_, _ = io.WriteString(w, configuration)
+			return
+		}
 		for k, v := range header {
 			w.Header().Set(k, v)
 		}
@@ -447,8 +461,12 @@ func TestTraceContextOfTheCallReachesTheFunction(t *testing.T) {
 
 func TestTimeouts(t *testing.T) {
 	awsKeys(t)
-	url := server(t, func(_ http.ResponseWriter, r *http.Request) {
+	url := server(t, func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
+		if r.Method == http.MethodGet {
+			w.WriteHeader(http.StatusForbidden)
+			return
+		}
 		<-r.Context().Done()
 	})
 	r := newRunner(t, Options{Ceiling: &Policy{AllowedEndpoints: []string{"127.0.0.1"}, ResourceLimits: ResourceLimits{TimeoutSeconds: 0.5}}})

@@ -16,11 +16,13 @@ const (
 	budgetNoPrice = -1
 )
 
-// budget counts the invocations and the cost of each service over the last hour.
+// budget counts the invocations and the cost of each account over the last hour: one for each
+// service, and one for the operator's limits, which hold for all services together, since whoever
+// sends the jobs chooses the services' names.
 //
 // It counts in slots of ten seconds, and a slot counts until all of it is an hour old, so
-// that a limit is never exceeded for the way it is counted. A call that runs counts with the highest cost seen
-// of its service; calls whose cost is not known count as invocations alone.
+// that a limit is never exceeded for the way it is counted. A call that runs counts with the most
+// that it can cost, and a call of which the provider does not tell the cost has cost that.
 type budget struct {
 	mu       sync.Mutex
 	services map[string]*spend
@@ -29,9 +31,9 @@ type budget struct {
 type spend struct {
 	slots    [budgetSlots + 1]slot
 	inFlight int
-	// highest cost of one call so far.
-	highest float64
-	last    time.Time
+	// reserved is the most that the calls in flight can cost.
+	reserved float64
+	last     time.Time
 }
 
 type slot struct {
@@ -40,25 +42,42 @@ type slot struct {
 	cost        float64
 }
 
-// begin counts an invocation of a service, or answers BUDGET_EXCEEDED. The function
-// returned must be called once. It takes whether the function was called at all, and the
-// cost of the call, budgetNoPrice where it is not known.
-func (b *budget) begin(service string, l CostLimits) (func(invoked bool, cost float64), error) {
+// ceilingAccount is that of the operator's limits; no service has an empty name.
+const ceilingAccount = ""
+
+// begin counts an invocation and reserves the most that it can cost, at every account or at none, or
+// answers BUDGET_EXCEEDED. The function returned must be called once. It takes whether the
+// function was called at all, and the cost of the call, budgetNoPrice where it is not known.
+func (b *budget) begin(service string, e effective, most float64) (func(invoked bool, cost float64), error) {
+	first, err := b.beginAt(service, service, e.Service.CostLimits, most)
+	if err != nil || e.Ceiling == nil {
+		return first, err
+	}
+	second, err := b.beginAt(ceilingAccount, "the runner", e.Ceiling.CostLimits, most)
+	if err != nil {
+		first(false, 0)
+		return nil, err
+	}
+	return func(invoked bool, cost float64) { first(invoked, cost); second(invoked, cost) }, nil
+}
+
+func (b *budget) beginAt(account, what string, l CostLimits, most float64) (func(invoked bool, cost float64), error) {
 	if l.MaxInvocationsPerHour == 0 && l.MaxCostPerHour == 0 {
 		return func(bool, float64) {}, nil
 	}
 	now := time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	s, err := b.of(service, now)
+	s, err := b.of(account, now)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.check(service, l, now); err != nil {
+	if err := s.check(what, l, most, now); err != nil {
 		return nil, err
 	}
 	s.last = now
 	s.inFlight++
+	s.reserved += most
 	begun := s.slot(now)
 	begun.invocations++
 	counted := begun.start
@@ -67,13 +86,22 @@ func (b *budget) begin(service string, l CostLimits) (func(invoked bool, cost fl
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		s.inFlight--
+		s.reserved -= most
+		if s.inFlight == 0 {
+			s.reserved = 0 // and no rounding is carried along
+		}
 		s.last = end
-		if !invoked && begun.start == counted {
-			begun.invocations--
+		switch {
+		case !invoked:
+			if begun.start == counted {
+				begun.invocations--
+			}
+			return
+		case cost < 0:
+			cost = most
 		}
 		if cost > 0 {
 			s.slot(end).cost += cost
-			s.highest = max(s.highest, cost)
 		}
 	}, nil
 }
@@ -101,17 +129,15 @@ func (b *budget) of(service string, now time.Time) (*spend, error) {
 	return s, nil
 }
 
-func (s *spend) check(service string, l CostLimits, now time.Time) error {
+func (s *spend) check(what string, l CostLimits, call float64, now time.Time) error {
 	invocations, cost := s.sum(now)
 	if most := l.MaxInvocationsPerHour; most > 0 && invocations >= most {
-		return s.exceeded(now, fmt.Sprintf("%s was invoked %d times in the last hour and cost_limits.max_invocations_per_hour is %d", service, invocations, most))
+		return s.exceeded(now, fmt.Sprintf("%s was invoked %d times in the last hour and cost_limits.max_invocations_per_hour is %d", what, invocations, most))
 	}
-	if most := l.MaxCostPerHour; most > 0 {
-		reserved := float64(s.inFlight) * s.highest
-		if cost+reserved >= most {
-			return s.exceeded(now, fmt.Sprintf("%s cost %.6f USD in the last hour, its %d calls in flight may cost %.6f USD, and cost_limits.max_cost_per_hour is %g",
-				service, cost, s.inFlight, reserved, most))
-		}
+	// The smallest part of a dollar is for what adding has rounded.
+	if most := l.MaxCostPerHour; most > 0 && cost+s.reserved+call > most+1e-12 {
+		return s.exceeded(now, fmt.Sprintf("%s cost %.6f USD in the last hour, its %d calls in flight may cost %.6f USD, this one %.6f USD, and cost_limits.max_cost_per_hour is %g",
+			what, cost, s.inFlight, s.reserved, call, most))
 	}
 	return nil
 }

@@ -281,11 +281,37 @@ func parseEndpoint(raw string) (endpoint, error) {
 	case u.RawQuery != "" || u.Fragment != "":
 		return endpoint{}, fmt.Errorf("the endpoint has a query or a fragment")
 	}
+	if err := checkHost(u.Hostname()); err != nil {
+		return endpoint{}, err
+	}
 	e := endpoint{url: u, loopback: isLoopbackHost(u.Hostname())}
 	if u.Scheme == "http" && !e.loopback {
 		return endpoint{}, fmt.Errorf("plain http to %s is not encrypted", clip(u.Host, 100))
 	}
 	return e, nil
+}
+
+// checkHost refuses hosts that two readers take for two different ones: what is compared with
+// allowed_endpoints must be what is connected to.
+func checkHost(host string) error {
+	if addr, err := netip.ParseAddr(host); err == nil {
+		if addr.Zone() != "" {
+			return fmt.Errorf("the address has a zone")
+		}
+		return nil
+	}
+	if strings.ContainsFunc(host, func(c rune) bool {
+		return (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && !strings.ContainsRune("-._", c)
+	}) {
+		return fmt.Errorf("the host %q has characters that no host name has; write an international name in its xn-- form", clip(host, 100))
+	}
+	name := strings.ToLower(strings.TrimSuffix(host, "."))
+	last := name[strings.LastIndexByte(name, '.')+1:]
+	digits, hex := strings.CutPrefix(last, "0x")
+	if strings.Trim(last, "0123456789") == "" || hex && strings.Trim(digits, "0123456789abcdef") == "" {
+		return fmt.Errorf("the host %q is an IPv4 address in a form that resolvers read in different ways; write four decimal numbers", clip(host, 100))
+	}
+	return nil
 }
 
 func isLoopbackHost(host string) bool {

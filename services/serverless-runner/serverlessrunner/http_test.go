@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -461,8 +462,14 @@ func TestTarget(t *testing.T) {
 	}
 }
 
-// fakeDNS answers every question for an address with 127.0.0.1.
+// fakeDNS answers every question for an IPv4 address with one.
 func fakeDNS(t *testing.T, answer netipBytes) *net.Resolver {
+	t.Helper()
+	return resolver(t, netip.AddrFrom4(answer))
+}
+
+// resolver answers every question for an address with one.
+func resolver(t *testing.T, answer netip.Addr) *net.Resolver {
 	t.Helper()
 	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -490,8 +497,8 @@ func fakeDNS(t *testing.T, answer netipBytes) *net.Resolver {
 
 type netipBytes [4]byte
 
-// dnsAnswer answers the one question of a query, with an address if it asks for A.
-func dnsAnswer(query []byte, a netipBytes) []byte {
+// dnsAnswer answers the one question of a query, with the address if it asks for one of its kind.
+func dnsAnswer(query []byte, a netip.Addr) []byte {
 	end := 12
 	for end < len(query) && query[end] != 0 {
 		end += int(query[end]) + 1
@@ -505,10 +512,15 @@ func dnsAnswer(query []byte, a netipBytes) []byte {
 	for i := 4; i < 12; i++ {
 		out[i] = 0
 	}
-	out[5] = 1 // one question
-	if query[end-4] == 0 && query[end-3] == 1 {
+	out[5] = 1      // one question
+	kind := byte(1) // A
+	if a.Is6() {
+		kind = 28 // AAAA
+	}
+	if query[end-4] == 0 && query[end-3] == kind {
 		out[7] = 1 // one answer
-		out = append(out, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4, a[0], a[1], a[2], a[3])
+		raw := a.AsSlice()
+		out = append(append(out, 0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 0, 0, byte(len(raw))), raw...)
 	}
 	return out
 }

@@ -22,8 +22,9 @@ type Policy struct {
 	AllowedRegions   []string       `json:"allowed_regions,omitzero" jsonschema:"description=Regions that may be called; absent: the configured one"`
 	AllowedEndpoints []string       `json:"allowed_endpoints,omitzero" jsonschema:"description=Hosts that may be called as host or *.domain with :port where it matters; absent: the provider's own and the configured endpoint"`
 	AllowedEnvVars   []string       `json:"allowed_env_vars,omitzero" jsonschema:"description=Variables of the runner that the *_env_var keys may name: exact or PREFIX_*; absent: any. Meant for the operator's policy"`
+	AllowedRoles     []string       `json:"allowed_roles,omitzero" jsonschema:"description=AWS roles that role_arn may name: the ARN or its beginning and a *; absent: any. Meant for the operator's policy"`
 	ResourceLimits   ResourceLimits `json:"resource_limits,omitzero" jsonschema:"description=Largest function and longest attempt"`
-	CostLimits       CostLimits     `json:"cost_limits,omitzero" jsonschema:"description=Spend of the service in any hour as this runner counts it"`
+	CostLimits       CostLimits     `json:"cost_limits,omitzero" jsonschema:"description=Spend of the service in any hour as this runner counts it; in the operator's policy that of all services together"`
 }
 
 // ResourceLimits bound one attempt.
@@ -65,13 +66,40 @@ func (e effective) resourceLimits() ResourceLimits {
 	return l
 }
 
-func (e effective) costLimits() CostLimits {
-	l := e.Service.CostLimits
-	if e.Ceiling != nil {
-		l.MaxInvocationsPerHour = smaller(l.MaxInvocationsPerHour, e.Ceiling.CostLimits.MaxInvocationsPerHour)
-		l.MaxCostPerHour = smaller(l.MaxCostPerHour, e.Ceiling.CostLimits.MaxCostPerHour)
-	}
-	return l
+// capped says whether a policy bounds what may be spent.
+func (e effective) capped() bool {
+	return e.Service.CostLimits.MaxCostPerHour > 0 || e.Ceiling != nil && e.Ceiling.CostLimits.MaxCostPerHour > 0
+}
+
+// asksProvider says whether a policy limits what only the provider knows of a function.
+func (e effective) asksProvider() bool {
+	regions := e.Service.AllowedRegions != nil || e.Ceiling != nil && e.Ceiling.AllowedRegions != nil
+	return regions || e.capped() || e.resourceLimits() != ResourceLimits{}
+}
+
+// authorizeDeployed checks what the function really is, as the provider tells it.
+func (e effective) authorizeDeployed(d deployed, checks *runner.Checks) error {
+	return e.each(func(p *Policy, whose string) error {
+		if d.region != "" && p.AllowedRegions != nil {
+			if err := allowed(checks, "allowed_regions", d.region, whose, p.AllowedRegions, nil); err != nil {
+				return err
+			}
+		}
+		if err := p.authorizeMemory(d.memoryMB, whose, checks); err != nil {
+			return err
+		}
+		limit := seconds(p.ResourceLimits.TimeoutSeconds)
+		if limit == 0 || d.timeout == 0 {
+			return nil
+		}
+		subject := "the function's timeout of " + d.timeout.String()
+		if d.timeout > limit {
+			return checks.Deny("resource_limits.timeout_seconds", subject,
+				fmt.Sprintf("%s allows %s, and the provider lets it run on when the attempt has ended; lower the function's timeout or raise the limit", whose, limit))
+		}
+		checks.Allow("resource_limits.timeout_seconds", subject)
+		return nil
+	})
 }
 
 // timeout is the longest time of one attempt, zero for no limit.
@@ -104,6 +132,14 @@ func (e effective) authorize(c Config, target endpoint, checks *runner.Checks) e
 		if err := allowed(checks, "allowed_endpoints", net.JoinHostPort(host, port), whose, p.AllowedEndpoints, match); err != nil {
 			return err
 		}
+		if role := c.AuthConfig.RoleARN; role != "" && p.AllowedRoles != nil {
+			if err := allowed(checks, "allowed_roles", role, whose, p.AllowedRoles, func(entry string) bool {
+				prefix, wild := strings.CutSuffix(entry, "*")
+				return entry == role || wild && strings.HasPrefix(role, prefix)
+			}); err != nil {
+				return err
+			}
+		}
 		return p.authorizeMemory(c.MemoryMB, whose, checks)
 	})
 	if err != nil {
@@ -122,12 +158,22 @@ func (e effective) publicOnly() bool { return e.Ceiling != nil && e.Ceiling.Allo
 // authorizeInside holds endpoints at loopback and private addresses against the ceiling. Names
 // that lead there are found when they are connected to.
 func (e effective) authorizeInside(c Config, target endpoint, checks *runner.Checks) error {
-	if c.Endpoint == "" || !e.publicOnly() {
+	if c.Endpoint == "" {
 		return nil
 	}
 	host, port := target.hostPort()
 	inside := target.loopback
-	if addr, err := netip.ParseAddr(host); err == nil {
+	addr, err := netip.ParseAddr(host)
+	if !e.publicOnly() {
+		if err != nil || target.loopback {
+			return nil
+		}
+		if refused := reachEndpoint.checkAddr(addr); refused != nil {
+			return checks.Deny("allowed_endpoints", net.JoinHostPort(host, port), refused.Error()+", to which no endpoint may lead")
+		}
+		return nil
+	}
+	if err == nil {
 		inside = inside || reachPublic.checkAddr(addr) != nil
 	}
 	if !inside {

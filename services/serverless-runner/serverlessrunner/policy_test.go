@@ -160,13 +160,15 @@ func TestDigestTellsNothingFromAnything(t *testing.T) {
 	require.NotEqual(t, effective{}.digest(), nothing.digest())
 }
 
+func limited(l CostLimits) effective { return effective{Service: Policy{CostLimits: l}} }
+
 func TestBudget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &budget{}
-		l := CostLimits{MaxInvocationsPerHour: 3, MaxCostPerHour: 1}
+		l, most := CostLimits{MaxInvocationsPerHour: 3, MaxCostPerHour: 1}, 0.0
 		refused := func(text string) time.Duration {
 			t.Helper()
-			_, err := b.begin("s", l)
+			_, err := b.begin("s", limited(l), most)
 			f := fault.From(err)
 			require.Equal(t, fault.BudgetExceeded, f.Code)
 			require.Contains(t, f.Message, text)
@@ -175,43 +177,49 @@ func TestBudget(t *testing.T) {
 			return f.RetryAfter
 		}
 		for range 3 {
-			done, err := b.begin("s", l)
+			done, err := b.begin("s", limited(l), most)
 			require.NoError(t, err)
 			done(true, budgetNoPrice)
 		}
 		b.services["s"].slot(time.Now()).invocations--
-		done, err := b.begin("s", l)
+		done, err := b.begin("s", limited(l), most)
 		require.NoError(t, err)
 		done(false, budgetNoPrice)
-		done, err = b.begin("s", l)
+		done, err = b.begin("s", limited(l), most)
 		require.NoError(t, err, "a call that was not made does not count")
 		done(true, budgetNoPrice)
 		wait := refused("max_invocations_per_hour is 3")
 		require.LessOrEqual(t, wait, budgetWindow+budgetSlot)
-		_, err = b.begin("another", l)
+		_, err = b.begin("another", limited(l), most)
 		require.NoError(t, err, "each service has its own")
 		<-time.After(wait - 11*time.Second)
 		refused("max_invocations_per_hour")
 		<-time.After(11 * time.Second)
 
-		// Cost: a call in flight counts with the highest cost seen.
-		l = CostLimits{MaxCostPerHour: 1}
-		done, err = b.begin("s", l)
+		// Cost: a call in flight counts with the most that it can cost.
+		l, most = CostLimits{MaxCostPerHour: 1}, 0.5
+		done, err = b.begin("s", limited(l), most)
 		require.NoError(t, err)
-		done(true, 0.4)
-		done, err = b.begin("s", l)
-		require.NoError(t, err)
-		second, err := b.begin("s", l)
-		require.NoError(t, err, "0.4 spent, 0.4 in flight")
-		refused("max_cost_per_hour is 1")
+		second, err := b.begin("s", limited(l), most)
+		require.NoError(t, err, "1.0 in flight")
+		refused("its 2 calls in flight may cost 1.000000 USD, this one 0.500000 USD, and cost_limits.max_cost_per_hour is 1")
 		done(true, 0.1)
-		second(true, 0.1)
-		third, err := b.begin("s", l)
-		require.NoError(t, err, "0.6 spent")
+		refused("cost 0.100000 USD")
+		second(true, budgetNoPrice) // which nobody tells has cost the most
+		refused("cost 0.600000 USD")
+		most = 0.4
+		third, err := b.begin("s", limited(l), most)
+		require.NoError(t, err)
+		third(false, budgetNoPrice)
+		third, err = b.begin("s", limited(l), most)
+		require.NoError(t, err, "a call that was not made costs nothing")
+		third(true, 0)
+		third, err = b.begin("s", limited(l), most)
+		require.NoError(t, err, "nor does one that the provider refused")
 		third(true, 0.4)
 		refused("cost 1.0")
 		<-time.After(budgetWindow + budgetSlot)
-		_, err = b.begin("s", l)
+		_, err = b.begin("s", limited(l), most)
 		require.NoError(t, err)
 	})
 }
@@ -219,16 +227,16 @@ func TestBudget(t *testing.T) {
 func TestBudgetIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &budget{}
-		l := CostLimits{MaxInvocationsPerHour: 1}
+		l, most := CostLimits{MaxInvocationsPerHour: 1}, 0.0
 		for i := range budgetMost {
-			done, err := b.begin(strings.Repeat("s", i%100)+string(rune(0x4e00+i)), l)
+			done, err := b.begin(strings.Repeat("s", i%100)+string(rune(0x4e00+i)), limited(l), most)
 			require.NoError(t, err)
 			done(true, budgetNoPrice)
 		}
-		_, err := b.begin("one more", l)
+		_, err := b.begin("one more", limited(l), most)
 		require.Equal(t, fault.BudgetExceeded, fault.From(err).Code)
 		<-time.After(2 * time.Hour)
-		_, err = b.begin("one more", l)
+		_, err = b.begin("one more", limited(l), most)
 		require.NoError(t, err)
 		require.Len(t, b.services, 1)
 	})
@@ -236,8 +244,8 @@ func TestBudgetIsBounded(t *testing.T) {
 
 func TestBudgetOfJobs(t *testing.T) {
 	awsKeys(t)
-	url := fakeLambda(t, 200, map[string]string{"X-Amz-Log-Result": tail("REPORT RequestId: req-1\tBilled Duration: 60000 ms\tMemory Size: 10240 MB")}, `{}`)
-	j := newJob(t, lambdaConfig(url), object{"cost_limits": object{"max_cost_per_hour": 0.015}}, nil)
+	url := toldLambda(t, `{"MemorySize":10240,"Timeout":50}`, 200, map[string]string{"X-Amz-Log-Result": tail("REPORT RequestId: req-1\tBilled Duration: 60000 ms\tMemory Size: 10240 MB")}, `{}`)
+	j := newJob(t, lambdaConfig(url), object{"cost_limits": object{"max_cost_per_hour": 0.0201}}, nil)
 	r := newRunner(t, Options{})
 	for range 2 { // 0.01 USD each
 		result, _ := execute(t, r, j)

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/service/lambda"
 	"go.opentelemetry.io/otel/propagation"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
@@ -42,6 +43,8 @@ type Options struct {
 	RootCAs *x509.CertPool
 	// Resolver looks hosts up; nil is the system's.
 	Resolver *net.Resolver
+	// Isolation is what holds the process itself, in addition to the checks of each call.
+	Isolation []runner.Feature
 }
 
 // Runner implements [runner.JobRunner] for the execution type serverless.
@@ -55,6 +58,10 @@ type Runner struct {
 	google  googleTokens
 	entra   entraTokens
 	types   []runner.Type
+	// functions holds what the providers told of them.
+	functions functions
+	features  []runner.Feature
+	isolation []string
 }
 
 var _ runner.JobRunner = (*Runner)(nil)
@@ -85,6 +92,16 @@ func New(o Options) (*Runner, error) {
 		OperationSchema:   runner.SchemaOf[Operation](),
 		DefaultMaxRetries: 3,
 	}}
+	r.features = append([]runner.Feature{
+		{Name: "provider", Available: true, Detail: "functions run in the provider's own sandbox"},
+		{Name: "address_check", Available: true},
+		{Name: "tls_check", Available: true},
+	}, o.Isolation...)
+	for _, f := range r.features {
+		if f.Available {
+			r.isolation = append(r.isolation, f.Name)
+		}
+	}
 	return r, nil
 }
 
@@ -99,12 +116,9 @@ func (r *Runner) Close() error {
 // Describe implements [runner.JobRunner].
 func (r *Runner) Describe(context.Context) (*runner.Description, error) {
 	return &runner.Description{
-		Name:  "serverless-runner",
-		Types: r.types,
-		Isolation: []runner.Feature{{
-			Name: "provider", Available: true,
-			Detail: "functions run in the provider's own sandbox; this runner checks the address that it connects to",
-		}},
+		Name:      "serverless-runner",
+		Types:     r.types,
+		Isolation: r.features,
 	}, nil
 }
 
@@ -168,13 +182,13 @@ func (r *Runner) policyFaults(c Config, p Policy, found []runner.Problem) []runn
 			f.warn("security_policy", "every call would be refused: "+fault.From(err).Message, "")
 		}
 	}
-	if policy.costLimits().MaxCostPerHour > 0 && !doubtful(found, config+"region", security+"cost_limits") {
+	if policy.capped() && !doubtful(found, config+"region", security+"cost_limits") {
 		_, priced := r.prices.find(c.Provider, c.Region, c.Architecture)
 		switch {
 		case c.Provider != providerAWS:
-			f.warn(security+"cost_limits.max_cost_per_hour", c.Provider+" does not report what an invocation is billed, so that this limit holds nothing", "write max_invocations_per_hour")
+			f.warn(security+"cost_limits.max_cost_per_hour", c.Provider+" does not report what an invocation is billed, so that every call would be refused", "write max_invocations_per_hour")
 		case !priced:
-			f.warn(security+"cost_limits.max_cost_per_hour", "the price table has no price for "+c.Region+", so that this limit holds nothing", "add the region to a table of your own (--price-table)")
+			f.warn(security+"cost_limits.max_cost_per_hour", "the price table has no price for "+c.Region+", so that every call would be refused", "add the region to a table of your own (--price-table)")
 		}
 	}
 	return f.list
@@ -193,7 +207,10 @@ type call struct {
 	traceparent string
 	// invoked: the function was called, or may have been.
 	invoked bool
-	// costUSD of the attempt, budgetNoPrice where it is not known.
+	// deployed is what the provider tells of the function.
+	deployed deployed
+	aws      *lambda.Client
+	// costUSD of the attempt, budgetNoPrice where it is not known; zero where nothing ran.
 	costUSD float64
 }
 
@@ -204,12 +221,13 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 		job: job, sink: sink, checks: &runner.Checks{},
 		usage:   &runnerv1.ResourceUsage{Source: usageSource},
 		costUSD: budgetNoPrice,
+		policy:  effective{Service: runner.Lenient[Policy](job.Service.Policy), Ceiling: r.ceiling},
 	}
 	output, err := r.execute(ctx, c)
 	c.usage.DurationSeconds = new(time.Since(start).Seconds())
 	result := &runner.Result{
 		Output: output, Usage: c.usage,
-		Security: c.checks.Context(c.policy.digest(), "provider"),
+		Security: c.checks.Context(c.policy.digest(), r.isolation...),
 	}
 	if err != nil {
 		result.Output, result.Err = nil, err
@@ -232,14 +250,17 @@ func (r *Runner) execute(ctx context.Context, c *call) (json.RawMessage, error) 
 	if err := c.checkInput(); err != nil {
 		return nil, err
 	}
-	done, err := r.budget.begin(c.job.Service.Name, c.policy.costLimits())
+	ctx, cancel := c.withTimeout(ctx)
+	defer cancel()
+	if err := r.checkDeployed(ctx, c); err != nil {
+		return nil, r.noteAddress(c, err)
+	}
+	done, err := r.reserve(c)
 	if err != nil {
-		return nil, c.noteBudget(err)
+		return nil, err
 	}
 	defer func() { done(c.invoked, c.costUSD) }()
 
-	ctx, cancel := c.withTimeout(ctx)
-	defer cancel()
 	carrier := propagation.MapCarrier{}
 	propagation.TraceContext{}.Inject(ctx, carrier)
 	c.traceparent = carrier.Get("traceparent")
@@ -337,13 +358,6 @@ func (c *call) withTimeout(ctx context.Context) (context.Context, context.Cancel
 		return context.WithCancel(ctx)
 	}
 	return context.WithTimeoutCause(ctx, limit, fault.New(fault.Timeout, "the attempt took longer than %s of %s", why, limit))
-}
-
-// noteBudget records a budget that is used up among the checks.
-func (c *call) noteBudget(err error) error {
-	f := fault.From(err)
-	_ = c.checks.Deny("cost_limits", c.job.Service.Name, f.Message)
-	return f
 }
 
 // noteAddress turns an address that was refused into a policy violation.

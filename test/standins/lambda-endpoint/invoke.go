@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"strings"
 	"time"
@@ -42,6 +43,10 @@ func (a *invokeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	name, ok := strings.CutPrefix(r.URL.Path, "/2015-03-31/functions/")
+	if asked, isConfiguration := strings.CutSuffix(name, "/configuration"); ok && isConfiguration && r.Method == http.MethodGet {
+		a.configuration(w, asked, r.URL.Query().Get("Qualifier"))
+		return
+	}
 	name, isInvoke := strings.CutSuffix(name, "/invocations")
 	if !ok || !isInvoke || r.Method != http.MethodPost {
 		fail(w, http.StatusNotFound, "UnknownOperationException", "")
@@ -67,6 +72,19 @@ func (a *invokeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	default:
 		fail(w, http.StatusBadRequest, "InvalidParameterValueException", "unknown invocation type")
 	}
+}
+
+// configuration is GET /2015-03-31/functions/{name}/configuration.
+func (a *invokeAPI) configuration(w http.ResponseWriter, name, qualifier string) {
+	f, version := a.find(name, qualifier)
+	if f == nil {
+		fail(w, http.StatusNotFound, "ResourceNotFoundException", "Function not found: arn:aws:lambda:"+a.auth.region+":000000000000:function:"+name)
+		return
+	}
+	answer(w, http.StatusOK, map[string]any{
+		"FunctionName": f.options.name, "FunctionArn": "arn:aws:lambda:" + a.auth.region + ":000000000000:function:" + f.options.name,
+		"MemorySize": f.options.memoryMB, "Timeout": int64(math.Ceil(f.options.timeout.Seconds())), "Version": version, "Architectures": []string{"x86_64"}, "State": "Active",
+	})
 }
 
 // find takes a name, a partial or a whole ARN, with or without a qualifier.
