@@ -388,6 +388,9 @@ type Store interface {
 	// EntityRow returns the row with a primary key, values as JSON has them; ErrNotFound.
 	EntityRow(ctx context.Context, e *spec.Entity, id string) (map[string]any, error)
 
+	// Insight tells of past and present jobs.
+	Insight
+
 	// Close releases the database.
 	Close() error
 }

@@ -109,6 +109,7 @@ func Run(t *testing.T, open func(*testing.T) store.Store, options ...Option) {
 		{"ConcurrentAdoption", s.testConcurrentAdoption},
 		{"Listen", s.testListen},
 		{"ListenEnds", testListenEnds},
+		{"Insight", testInsight},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) { test.run(t, open(t)) })

@@ -1,0 +1,41 @@
+package api
+
+import (
+	"context"
+
+	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/services/orchestrator/internal/intake"
+)
+
+// GetSecurityAudit implements InsightService.
+func (i *Insight) GetSecurityAudit(ctx context.Context, req *specqlv1.GetSecurityAuditRequest) (*specqlv1.GetSecurityAuditResponse, error) {
+	var v intake.Violations
+	f := jobFilter(&v, req.GetFilter())
+	limit := int(req.GetLimit())
+	switch {
+	case limit < 0:
+		v.Add("limit", "must not be negative")
+	case limit == 0:
+		limit = defaultViolations
+	}
+	limit = min(limit, maxViolations)
+	if err := v.Err(); err != nil {
+		return nil, err
+	}
+	rows, err := i.Store.Violations(ctx, f, limit+1)
+	if err != nil {
+		return nil, reportError(err)
+	}
+	resp := &specqlv1.GetSecurityAuditResponse{}
+	if len(rows) > limit {
+		rows, resp.Truncated = rows[:limit], true
+	}
+	for _, r := range rows {
+		resp.Violations = append(resp.Violations, &specqlv1.SecurityViolation{
+			JobId: r.JobID, RunId: r.RunID, StepPath: r.StepPath, Service: r.Service, Operation: r.Operation, ExecutionType: r.ExecutionType,
+			Rule: r.Rule, Attempted: r.Attempted, Detail: r.Detail, PolicyDigest: r.PolicyDigest, Runner: r.Runner,
+			Subject: r.Subject, TenantId: r.TenantID, OccurredAt: timeProto(r.OccurredAt),
+		})
+	}
+	return resp, nil
+}

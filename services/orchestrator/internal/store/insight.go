@@ -1,0 +1,111 @@
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"time"
+)
+
+// Insight is what a database tells of past and present jobs. All but [Insight.Figures] read
+// the views of the database's documentation. A figure that is not known is nil.
+type Insight interface {
+	// Performance sums up all jobs, a row an execution type. An empty type chooses all.
+	Performance(ctx context.Context, executionType string) ([]*Performance, error)
+	// RunnerUsage sums up what jobs used, a row a runner and execution type.
+	RunnerUsage(ctx context.Context, executionType string) ([]*RunnerUsage, error)
+	// QueueHealth tells what waits and runs, a row an execution type.
+	QueueHealth(ctx context.Context, executionType string) ([]*QueueHealth, error)
+	// Costs sums up the priced jobs, a row a service and execution type, the most expensive first.
+	Costs(ctx context.Context, service, executionType string) ([]*Cost, error)
+	// Violations lists at most limit violations that happened at f.Since or later, newest first.
+	Violations(ctx context.Context, f JobFilter, limit int) ([]*Violation, error)
+	// Figures returns at most limit jobs that were created at f.Since or later, newest first.
+	Figures(ctx context.Context, f JobFilter, limit int) ([]*JobFigures, error)
+}
+
+// JobFilter chooses jobs; zero fields choose all.
+type JobFilter struct {
+	Service       string
+	ExecutionType string
+	Since         time.Time
+	// Failed chooses the failed jobs alone.
+	Failed bool
+}
+
+// Performance is a row of v_execution_performance_by_type.
+type Performance struct {
+	ExecutionType                              string
+	Jobs, Completed, Failed, Cancelled, Active int64
+	SuccessRate                                *float64
+	// The durations are in seconds.
+	Average, P50, P95, P99, Max *float64
+	AverageAttempts             *float64
+	LastJobAt                   time.Time
+}
+
+// RunnerUsage is a row of v_resource_usage_by_runner.
+type RunnerUsage struct {
+	ExecutionType                        string
+	Runner                               string
+	MeasuredJobs                         int64
+	AverageCPUSeconds, TotalCPUSeconds   *float64
+	AverageCPUPercent                    *float64
+	AverageMemoryMB                      *float64
+	AveragePeakMemoryMB, MaxPeakMemoryMB *float64
+	TotalDiskReadMB, TotalDiskWriteMB    *float64
+	TotalNetworkRxMB, TotalNetworkTxMB   *float64
+	AverageDurationSeconds               *float64
+	OOMKilledJobs                        int64
+	LastJobAt                            time.Time
+}
+
+// QueueHealth is a row of v_job_queue_health.
+type QueueHealth struct {
+	ExecutionType                              string
+	Pending, Running, WaitingForRetry, Overdue int64
+	OldestPendingSeconds                       *float64
+	LongestRunningSeconds                      *float64
+	CompletedLastHour, FailedLastHour          int64
+	AverageWaitSeconds                         *float64
+}
+
+// Cost is a row of v_cost_by_service, in US dollars.
+type Cost struct {
+	Service, ExecutionType string
+	PricedJobs             int64
+	Total, Average, Max    float64
+	BilledDurationMS       *float64
+	LastHour, LastDay      float64
+	FirstJobAt, LastJobAt  time.Time
+}
+
+// Violation is a row of v_security_violations.
+type Violation struct {
+	JobID, RunID, StepPath            string
+	Service, Operation, ExecutionType string
+	Rule, Attempted, Detail           string
+	PolicyDigest, Runner              string
+	Subject, TenantID                 string
+	OccurredAt                        time.Time
+}
+
+// JobFigures is what reports need of a job.
+type JobFigures struct {
+	RunID                             string
+	Service, Operation, ExecutionType string
+	Status                            Status
+	Attempts                          int
+	// DurationSeconds is from start to end; nil until both are known.
+	DurationSeconds *float64
+	// ResourceUsage is as in [Job].
+	ResourceUsage json.RawMessage
+	ErrorCode     string
+	// ErrorMessage is cut at MaxErrorMessage characters.
+	ErrorMessage string
+	CreatedAt    time.Time
+	// EndedAt is zero until then.
+	EndedAt time.Time
+}
+
+// MaxErrorMessage is how many characters of a message [Insight.Figures] returns.
+const MaxErrorMessage = 2000

@@ -1,0 +1,127 @@
+package sqlite
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/specql/mesh/services/orchestrator/internal/store"
+)
+
+// report reads the rows of a report.
+func report[T any](ctx context.Context, s *Store, what string, dest func(*T) []any, text string, args ...any) ([]*T, error) {
+	end, err := s.read()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	rows, err := query(ctx, s.readDB, func(row scanner) (*T, error) {
+		v := new(T)
+		return v, row.Scan(dest(v)...)
+	}, text, args...)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", what, err)
+	}
+	return rows, nil
+}
+
+// Performance implements [store.Insight].
+func (s *Store) Performance(ctx context.Context, executionType string) ([]*store.Performance, error) {
+	return report(ctx, s, "performance", func(p *store.Performance) []any {
+		return []any{
+			&p.ExecutionType, &p.Jobs, &p.Completed, &p.Failed, &p.Cancelled, &p.Active, &p.SuccessRate,
+			&p.Average, &p.P50, &p.P95, &p.P99, &p.Max, &p.AverageAttempts,
+			timeColumn{&p.LastJobAt},
+		}
+	}, `SELECT execution_type, total_jobs, completed, failed, cancelled, active, success_rate, avg_duration_seconds,
+			p50_duration_seconds, p95_duration_seconds, p99_duration_seconds, max_duration_seconds, avg_attempts, last_job_at
+		FROM jobs.v_execution_performance_by_type WHERE ?1 = '' OR execution_type = ?1 ORDER BY execution_type`, executionType)
+}
+
+// RunnerUsage implements [store.Insight].
+func (s *Store) RunnerUsage(ctx context.Context, executionType string) ([]*store.RunnerUsage, error) {
+	return report(ctx, s, "usage by runner", func(u *store.RunnerUsage) []any {
+		return []any{
+			&u.ExecutionType,
+			textColumn{&u.Runner},
+			&u.MeasuredJobs, &u.AverageCPUSeconds, &u.TotalCPUSeconds, &u.AverageCPUPercent,
+			&u.AverageMemoryMB, &u.AveragePeakMemoryMB, &u.MaxPeakMemoryMB, &u.TotalDiskReadMB, &u.TotalDiskWriteMB,
+			&u.TotalNetworkRxMB, &u.TotalNetworkTxMB, &u.AverageDurationSeconds, &u.OOMKilledJobs,
+			timeColumn{&u.LastJobAt},
+		}
+	}, `SELECT execution_type, runner, measured_jobs, avg_cpu_seconds, total_cpu_seconds, avg_cpu_usage_percent,
+			avg_memory_mb, avg_peak_memory_mb, max_peak_memory_mb, total_disk_read_mb, total_disk_write_mb,
+			total_network_rx_mb, total_network_tx_mb, avg_duration_seconds, oom_killed_jobs, last_job_at
+		FROM jobs.v_resource_usage_by_runner WHERE ?1 = '' OR execution_type = ?1 ORDER BY execution_type, runner`, executionType)
+}
+
+// QueueHealth implements [store.Insight].
+func (s *Store) QueueHealth(ctx context.Context, executionType string) ([]*store.QueueHealth, error) {
+	return report(ctx, s, "queue health", func(h *store.QueueHealth) []any {
+		return []any{
+			&h.ExecutionType, &h.Pending, &h.Running, &h.WaitingForRetry, &h.Overdue, &h.OldestPendingSeconds, &h.LongestRunningSeconds,
+			&h.CompletedLastHour, &h.FailedLastHour, &h.AverageWaitSeconds,
+		}
+	}, `SELECT execution_type, pending, running, waiting_for_retry, overdue, oldest_pending_seconds, longest_running_seconds,
+			completed_last_hour, failed_last_hour, avg_wait_seconds_last_hour
+		FROM jobs.v_job_queue_health WHERE ?1 = '' OR execution_type = ?1 ORDER BY execution_type`, executionType)
+}
+
+// Costs implements [store.Insight].
+func (s *Store) Costs(ctx context.Context, service, executionType string) ([]*store.Cost, error) {
+	return report(ctx, s, "costs", func(c *store.Cost) []any {
+		return []any{
+			&c.Service, &c.ExecutionType, &c.PricedJobs, &c.Total, &c.Average, &c.Max, &c.BilledDurationMS, &c.LastHour, &c.LastDay,
+			timeColumn{&c.FirstJobAt},
+			timeColumn{&c.LastJobAt},
+		}
+	}, `SELECT service_name, execution_type, priced_jobs, total_cost_usd, avg_cost_usd, max_cost_usd, billed_duration_ms,
+			cost_usd_last_hour, cost_usd_last_day, first_job_at, last_job_at
+		FROM jobs.v_cost_by_service WHERE (?1 = '' OR service_name = ?1) AND (?2 = '' OR execution_type = ?2)
+		ORDER BY total_cost_usd DESC, service_name`, service, executionType)
+}
+
+// Violations implements [store.Insight].
+func (s *Store) Violations(ctx context.Context, f store.JobFilter, limit int) ([]*store.Violation, error) {
+	return report(ctx, s, "security violations", func(v *store.Violation) []any {
+		return []any{
+			&v.JobID,
+			textColumn{&v.RunID},
+			textColumn{&v.StepPath},
+			&v.Service, &v.Operation, &v.ExecutionType,
+			textColumn{&v.Rule},
+			textColumn{&v.Attempted},
+			textColumn{&v.Detail},
+			textColumn{&v.PolicyDigest},
+			textColumn{&v.Runner},
+			textColumn{&v.Subject},
+			textColumn{&v.TenantID},
+			timeColumn{&v.OccurredAt},
+		}
+	}, `SELECT job_id, run_id, step_path, service_name, operation, execution_type, rule, attempted, detail, policy_digest, runner,
+			subject, tenant_id, occurred_at
+		FROM jobs.v_security_violations
+		WHERE (?1 = '' OR service_name = ?1) AND (?2 = '' OR execution_type = ?2) AND (?3 IS NULL OR occurred_at >= ?3)
+		ORDER BY occurred_at DESC, job_id, rule, attempted LIMIT ?4`, f.Service, f.ExecutionType, timeValue(f.Since), limit)
+}
+
+// Figures implements [store.Insight].
+func (s *Store) Figures(ctx context.Context, f store.JobFilter, limit int) ([]*store.JobFigures, error) {
+	return report(ctx, s, "figures of jobs", func(j *store.JobFigures) []any {
+		return []any{
+			textColumn{&j.RunID},
+			&j.Service, &j.Operation, &j.ExecutionType, &j.Status, &j.Attempts, &j.DurationSeconds,
+			jsonColumn{&j.ResourceUsage},
+			textColumn{&j.ErrorCode},
+			textColumn{&j.ErrorMessage},
+			timeColumn{&j.CreatedAt},
+			timeColumn{&j.EndedAt},
+		}
+	}, `SELECT run_id, service_name, operation, execution_type, status, attempts, duration_seconds, resource_usage,
+			error_code, substr(error_message, 1, ?6), created_at,
+			CASE WHEN status IN ('completed', 'failed', 'cancelled') THEN coalesce(completed_at, updated_at) END
+		FROM jobs.tb_job_run
+		WHERE (?1 = '' OR service_name = ?1) AND (?2 = '' OR execution_type = ?2) AND (?3 IS NULL OR created_at >= ?3)
+			AND (NOT ?4 OR status = 'failed')
+		ORDER BY created_at DESC, id DESC LIMIT ?5`,
+		f.Service, f.ExecutionType, timeValue(f.Since), boolValue(f.Failed), limit, store.MaxErrorMessage)
+}
