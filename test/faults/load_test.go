@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/specql/mesh/pkg/client"
+	"github.com/specql/mesh/pkg/fault"
 )
 
 // call is a step: its name, and the step whose key it is given.
@@ -86,7 +87,9 @@ func (l *load) begin(ctx context.Context, n int, key string, s *shape) error {
 		}
 		l.refused++
 		l.mu.Unlock()
-		if ctx.Err() != nil {
+		// Whatever is broken, a client is told to ask again.
+		f, said := fault.As(err)
+		if ctx.Err() != nil || said && f.Code != fault.Unavailable && f.Code != fault.Timeout {
 			return fmt.Errorf("start %s: %w", key, err) // it may have been started all the same
 		}
 	}

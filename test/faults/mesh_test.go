@@ -89,12 +89,13 @@ services:
         output_schema: {token: string}
 `
 
-// startMesh starts a mesh of its own, with a PostgreSQL of its own, until the end of the test, and puts the registry in force.
-func startMesh(t testing.TB, s size) *mesh {
+// startMesh starts a mesh of its own, with a PostgreSQL of its own, until the end of the test, and puts the registry in force. Settings
+// are PostgreSQL's.
+func startMesh(t testing.TB, s size, settings ...string) *mesh {
 	t.Helper()
 	m := &mesh{t: t, names: newNames(t), recorder: newRecorder(t)}
 	m.makeFolders()
-	m.startDatabase()
+	m.startDatabase(settings)
 	for n := range s.orchestrators {
 		o := &orchestrator{host: fmt.Sprintf("http-runner.o%d.test", n+1)}
 		o.node = node{name: fmt.Sprintf("o%d", n+1), m: m}
@@ -163,9 +164,9 @@ func (m *mesh) specql(args ...string) string {
 	return stdout.String()
 }
 
-func (m *mesh) startDatabase() {
+func (m *mesh) startDatabase(settings []string) {
 	m.t.Helper()
-	m.cluster = pgtest.Start(m.t)
+	m.cluster = pgtest.Start(m.t, settings...)
 	m.database = m.cluster.NewDatabase(m.t)
 	m.specql("migrate-schema", "--database", m.database)
 	var err error

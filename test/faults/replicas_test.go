@@ -1,11 +1,13 @@
 package faults
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sync/errgroup"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/client"
@@ -89,4 +91,34 @@ func TestWhatOneReplicaIsToldAllFollow(t *testing.T) {
 		_, err := first.client.ExecuteAndWait(t.Context(), client.Action{Workflow: workflow})
 		return err == nil
 	}, patience, 20*time.Millisecond, "and are made again")
+}
+
+// Two starts with one key are one run, also at the same time and through two replicas.
+func TestOneKeyIsOneRun(t *testing.T) {
+	const keys = 100
+	m := startMesh(t, size{orchestrators: 2, runners: 2})
+	l := newLoad(m)
+	var starts errgroup.Group
+	ids := make([][2]string, keys)
+	for n := range keys {
+		key := fmt.Sprintf("key-%d", n)
+		l.asked[key] = chain(2)
+		for i, o := range m.orchestrators {
+			starts.Go(func() error {
+				run, err := o.client.Execute(t.Context(), client.Action{Workflow: chain(2).yaml, IdempotencyKey: key})
+				ids[n][i] = run.GetId()
+				return err
+			})
+		}
+	}
+	require.NoError(t, starts.Wait())
+	require.NoError(t, m.untilEnded(t.Context(), patience))
+	for n, id := range ids {
+		require.Equal(t, id[0], id[1], "key %d", n)
+		l.acknowledged[fmt.Sprintf("key-%d", n)] = id[0]
+	}
+	sum, bad, _ := m.verdict(t.Context(), l)
+	m.requireGood(bad)
+	m.requireOnce(sum)
+	require.Equal(t, keys, sum.runs)
 }
