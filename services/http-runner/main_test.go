@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"testing"
 
+	"github.com/spf13/pflag"
 	"github.com/stretchr/testify/require"
 
 	"github.com/specql/mesh/pkg/runner"
@@ -19,7 +20,9 @@ func TestBuild(t *testing.T) {
 		`{"allowed_domains":["https://x"]}`:                           "allowed_domains[0]",
 		`{"rate_limit_per_minute":-1}`:                                "rate_limit_per_minute",
 	} {
-		jr, err := build(t.Context(), &runner.Env{Logger: slog.New(slog.DiscardHandler), PolicyJSON: json.RawMessage(policy)})
+		fs := pflag.NewFlagSet("", pflag.ContinueOnError)
+		flags(fs)
+		jr, err := build(t.Context(), &runner.Env{Logger: slog.New(slog.DiscardHandler), PolicyJSON: json.RawMessage(policy), Flags: fs})
 		if says == "" {
 			require.NoError(t, err)
 			d, err := jr.Describe(t.Context())

@@ -14,6 +14,7 @@ import (
 
 func main() {
 	os.Exit(runner.Main("serverless-runner", build, runner.Flags(func(fs *pflag.FlagSet) {
+		fs.StringSlice("require-isolation", nil, "ways of holding a job without which the runner does not start, as 'specql runners' names them; all for every one")
 		fs.String("price-table", "", "file of prices by provider and region, YAML or JSON, in place of the one built in")
 	})))
 }
@@ -27,9 +28,15 @@ func build(_ context.Context, env *runner.Env) (runner.JobRunner, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--price-table: %w", err)
 	}
-	r, err := serverlessrunner.New(serverlessrunner.Options{Ceiling: ceiling, PriceTable: table, Logger: env.Logger})
+	required, err := env.Flags.GetStringSlice("require-isolation")
 	if err != nil {
-		return nil, fmt.Errorf("--price-table: %w", err)
+		return nil, fmt.Errorf("--require-isolation: %w", err)
 	}
-	return r, nil
+	var prices *serverlessrunner.PriceTable
+	if table != "" {
+		if prices, err = serverlessrunner.LoadPrices(table); err != nil {
+			return nil, fmt.Errorf("--price-table: %w", err)
+		}
+	}
+	return serverlessrunner.New(serverlessrunner.Options{Ceiling: ceiling, Prices: prices, Logger: env.Logger, Isolation: hold(), RequireIsolation: required})
 }

@@ -43,6 +43,8 @@ type Options struct {
 	RootCAs *x509.CertPool
 	// Isolation is what holds the process itself, in addition to the checks of each call.
 	Isolation []runner.Feature
+	// RequireIsolation names features without which New fails; all for every one.
+	RequireIsolation []string
 }
 
 // Runner carries out HTTP calls. It implements [runner.JobRunner]; use [New] to make one.
@@ -67,7 +69,7 @@ type Runner struct {
 
 var _ runner.JobRunner = (*Runner)(nil)
 
-// New makes a runner. The error says what is wrong with the ceiling.
+// New makes a runner. The error says what is wrong with the ceiling, or which isolation is missing.
 func New(o Options) (*Runner, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -112,7 +114,7 @@ func New(o Options) (*Runner, error) {
 			r.isolation = append(r.isolation, f.Name)
 		}
 	}
-	return r, nil
+	return r, runner.Require(r.description.Isolation, o.RequireIsolation)
 }
 
 // Close closes the idle connections. Calls that still run are not disturbed.

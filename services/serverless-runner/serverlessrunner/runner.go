@@ -45,6 +45,8 @@ type Options struct {
 	Resolver *net.Resolver
 	// Isolation is what holds the process itself, in addition to the checks of each call.
 	Isolation []runner.Feature
+	// RequireIsolation names features without which New fails; all for every one.
+	RequireIsolation []string
 }
 
 // Runner implements [runner.JobRunner] for the execution type serverless.
@@ -102,7 +104,7 @@ func New(o Options) (*Runner, error) {
 			r.isolation = append(r.isolation, f.Name)
 		}
 	}
-	return r, nil
+	return r, runner.Require(r.features, o.RequireIsolation)
 }
 
 // Close closes the connections that are kept open.
