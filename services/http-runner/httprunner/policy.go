@@ -216,6 +216,12 @@ func normalHost(host string) (string, *fault.Error) {
 		return addr.Unmap().String(), nil
 	}
 	ascii, err := hostProfile.ToASCII(host)
+	if err == nil { // some forms are not accepted when they are read again, or become others: no name is
+		again := ""
+		if again, err = hostProfile.ToASCII(ascii); err == nil && !strings.EqualFold(again, ascii) {
+			err = fmt.Errorf("it is also read as %q", clip(again))
+		}
+	}
 	if err != nil {
 		return "", fault.Wrap(err, fault.Validation, "%q is not a host name", clip(host))
 	}

@@ -258,7 +258,7 @@ func TestHostileFunctions(t *testing.T) {
 		{tries: "a bomb", call: func(t *testing.T, w *world) *runner.Job {
 			var b bytes.Buffer
 			z := gzip.NewWriter(&b)
-			_, err := z.Write(make([]byte, 64<<20))
+			_, err := z.Write(make([]byte, 16<<20))
 			require.NoError(t, err)
 			require.NoError(t, z.Close())
 			return newJob(t, gcpConfig(w.function(t, "", func(rw http.ResponseWriter, _ *http.Request) {
@@ -272,7 +272,7 @@ func TestHostileFunctions(t *testing.T) {
 		{tries: "an answer that does not end", call: raw(func(c net.Conn) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
 			_, _ = c.Read(make([]byte, 1))
-		}), timeout: 200 * time.Millisecond, code: fault.Timeout, retried: true, calls: 1},
+		}), timeout: 3 * time.Second, code: fault.Timeout, retried: true, calls: 1},
 		{tries: "a configuration that does not end", call: func(t *testing.T, w *world) *runner.Job {
 			s := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
 			t.Cleanup(s.Close)
