@@ -104,7 +104,6 @@ require (
 	github.com/prometheus/common v0.72.0 // indirect
 	github.com/prometheus/procfs v0.22.0 // indirect
 	github.com/remyoudompheng/bigfft v0.0.0-20230129092748-24d4a6f8daec // indirect
-	github.com/santhosh-tekuri/jsonschema/v6 v6.0.3 // indirect
 	github.com/specql/mesh/migrations v0.0.0 // indirect
 	go.opentelemetry.io/auto/sdk v1.2.1 // indirect
 	go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc v0.72.0 // indirect
@@ -147,7 +146,10 @@ require (
 
 replace github.com/specql/mesh/examples => ../../examples
 
-require github.com/specql/mesh/test/pgtest v0.0.0
+require (
+	github.com/santhosh-tekuri/jsonschema/v6 v6.0.3
+	github.com/specql/mesh/test/pgtest v0.0.0
+)
 
 replace github.com/specql/mesh/test/pgtest => ../../test/pgtest
 
