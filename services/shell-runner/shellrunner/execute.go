@@ -391,8 +391,14 @@ func (a *attempt) outcome(failure error, stdout, stderr *stream, processHits int
 		case syscall.SIGXFSZ:
 			return nil, a.diskError()
 		default:
+			if a.outOfCPU() {
+				return nil, a.cpuError()
+			}
 			return nil, remoteError(fmt.Sprintf("the command was ended by signal %d (%s)", status.Signal(), status.Signal()), stderr)
 		}
+	}
+	if a.exitCode != 0 && a.outOfCPU() {
+		return nil, a.cpuError()
 	}
 	if limit := a.policy.Limits.DiskMB; limit > 0 && (a.tempSize() > limit<<20 || a.cutFile()) {
 		return nil, a.diskError()
@@ -413,6 +419,13 @@ func (a *attempt) outcome(failure error, stdout, stderr *stream, processHits int
 		return nil, fault.Wrap(err, fault.Internal, "the output has no JSON form")
 	}
 	return raw, nil
+}
+
+// outOfCPU tells whether a command without a control group used its CPU time up, and ended by
+// another signal than that which says so, or by a status of its own.
+func (a *attempt) outOfCPU() bool {
+	limit := a.policy.Limits.CPUSeconds
+	return limit > 0 && a.group == nil && (a.state.User+a.state.System).Seconds() >= limit
 }
 
 // exitNotExecutable is the status of a shell that may not execute a program.

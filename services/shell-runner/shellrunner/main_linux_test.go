@@ -21,6 +21,12 @@ const crashVariable = "SHELLRUNNER_TEST_CRASH_DIR"
 const snoopVariable = "SHELLRUNNER_TEST_SNOOP_DIR"
 
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == attackArgument {
+		attack(os.Args[2:])
+	}
+	if len(os.Args) > 1 && os.Args[1] == victimArgument {
+		victim()
+	}
 	if dir := os.Getenv(crashVariable); dir != "" {
 		crashingRunner(dir)
 	}

@@ -11,10 +11,22 @@ const launcherName = "specql-sandbox"
 const (
 	// modeSpaces is the first process of a job's name spaces.
 	modeSpaces = "spaces"
+	// modeStage starts a launcher with name spaces and stays until it has ended.
+	modeStage = "stage"
 	// modeBare becomes the job.
 	modeBare = "bare"
 	// modeHold only keeps its user name space until it is opened.
 	modeHold = "hold"
+)
+
+// The launchers' third argument.
+const (
+	// kindDescriptors gets what is to be mounted as descriptors, kindPaths as paths of the machine.
+	kindDescriptors = "descriptors"
+	kindPaths       = "paths"
+	// kindNetwork and kindHost are of a stage: whether the launcher has a network of its own.
+	kindNetwork = "network"
+	kindHost    = "host"
 )
 
 // launcherSocket is the launcher's descriptor of the socket to its runner.
@@ -22,6 +34,6 @@ const launcherSocket = 3
 
 func init() {
 	if len(os.Args) == 3 && os.Args[0] == launcherName {
-		os.Exit(launcherMain(os.Args[1], os.Args[2] == "root"))
+		os.Exit(launcherMain(os.Args[1], os.Args[2]))
 	}
 }

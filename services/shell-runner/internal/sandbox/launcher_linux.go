@@ -4,22 +4,25 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"runtime"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// launcherMain is the whole life of a launcher. With sources, the paths of the machine are seen
-// until the job begins; without, what is mounted comes as descriptors.
-func launcherMain(mode string, descriptors bool) int {
+// launcherMain is the whole life of a launcher.
+func launcherMain(mode, kind string) int {
 	runtime.LockOSThread()
+	if mode == modeStage {
+		return stage(kind == kindNetwork)
+	}
 	if mode == modeHold {
 		var b [1]byte
 		_, _ = unix.Read(launcherSocket, b[:]) // until the runner has what it wants
 		return 0
 	}
-	l := &launcher{descriptors: descriptors}
+	l := &launcher{descriptors: kind == kindDescriptors}
 	if err := l.run(mode); err != nil {
 		answer := reply{Err: err.Error()}
 		answer.Errno, _ = errors.AsType[syscall.Errno](err)
@@ -27,6 +30,45 @@ func launcherMain(mode string, descriptors bool) int {
 		return 1
 	}
 	return 0
+}
+
+// stage starts a launcher for a runner without privileges. Such a runner hides its memory from
+// its own user, by which the kernel denies it the maps of its children's user name spaces.
+func stage(ownNetwork bool) int {
+	uid, gid := os.Getuid(), os.Getgid()
+	cmd := &exec.Cmd{
+		Path: "/proc/self/exe", Args: []string{launcherName, modeSpaces, kindPaths}, Env: launcherEnvironment, Dir: "/",
+		ExtraFiles: []*os.File{os.NewFile(launcherSocket, "runner")}, SysProcAttr: spaces(ownNetwork),
+	}
+	cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: uid, HostID: uid, Size: 1}}
+	cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: gid, HostID: gid, Size: 1}}
+	answer := reply{}
+	err := cmd.Start()
+	if err != nil {
+		answer.Err = "start a launcher: " + err.Error()
+		answer.Errno, _ = errors.AsType[syscall.Errno](err)
+	} else {
+		answer.PID = cmd.Process.Pid
+	}
+	_ = send(launcherSocket, answer, nil) // the runner sees the end if it cannot be told
+	_ = unix.Close(launcherSocket)
+	if err == nil {
+		_ = cmd.Wait() // the runner hears from the launcher itself
+	}
+	return 0
+}
+
+// spaces are the name spaces of a launcher.
+func spaces(ownNetwork bool) *syscall.SysProcAttr {
+	attr := &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
+		Setsid:     true, Pdeathsig: syscall.SIGKILL,
+		AmbientCaps: []uintptr{unix.CAP_SETPCAP, unix.CAP_NET_ADMIN, unix.CAP_SYS_ADMIN},
+	}
+	if ownNetwork {
+		attr.Cloneflags |= unix.CLONE_NEWNET
+	}
+	return attr
 }
 
 type launcher struct {
@@ -48,7 +90,7 @@ func (l *launcher) run(mode string) error {
 		if err := l.prepare(abi); err != nil {
 			return err
 		}
-		if err := send(launcherSocket, reply{}, nil); err != nil {
+		if err := send(launcherSocket, reply{Ready: true}, nil); err != nil {
 			return err
 		}
 	}
@@ -85,7 +127,7 @@ func (j *job) carry() error {
 			return err
 		}
 	}
-	if err := j.setLimits(); err != nil {
+	if err := j.setLimits(func(which int) bool { return which != unix.RLIMIT_DATA }); err != nil {
 		return err
 	}
 	type start struct {
@@ -110,6 +152,9 @@ func (j *job) carry() error {
 	s := <-started
 	if s.err != nil {
 		return s.err
+	}
+	if err := j.limitData(s.pid); err != nil {
+		return err
 	}
 	for _, fd := range append(append(j.stdio, j.groups...), j.mounts...) {
 		_ = unix.Close(fd)
@@ -168,7 +213,7 @@ func (j *job) become() error {
 			return fmt.Errorf("set descriptor %d: %w", i, err)
 		}
 	}
-	if err := j.setLimits(); err != nil {
+	if err := j.setLimits(func(int) bool { return true }); err != nil {
 		return err
 	}
 	if err := j.confine(); err != nil {
@@ -222,13 +267,32 @@ func ownPeak() int64 {
 	return ru.Maxrss
 }
 
-func (j *job) setLimits() error {
+// setLimits sets those limits of this process that are wanted. The program inherits them.
+func (j *job) setLimits(wanted func(which int) bool) error {
 	for _, l := range j.spec.Limits {
+		if !wanted(l.Which) {
+			continue
+		}
 		var now unix.Rlimit
 		if err := unix.Getrlimit(l.Which, &now); err != nil {
 			return fmt.Errorf("read limit %d: %w", l.Which, err)
 		}
 		if err := unix.Setrlimit(l.Which, &unix.Rlimit{Cur: min(l.Soft, now.Max), Max: min(l.Hard, now.Max)}); err != nil {
+			return fmt.Errorf("set limit %d: %w", l.Which, err)
+		}
+	}
+	return nil
+}
+
+// limitData bounds the memory of a program that was started. The launcher, which may need more
+// than the job is to have, cannot bound its own. It is only asked for where there is no control
+// group, which holds a job from the first instruction on.
+func (j *job) limitData(pid int) error {
+	for _, l := range j.spec.Limits {
+		if l.Which != unix.RLIMIT_DATA {
+			continue
+		}
+		if err := unix.Prlimit(pid, l.Which, &unix.Rlimit{Cur: l.Soft, Max: l.Hard}, nil); err != nil && !errors.Is(err, unix.ESRCH) {
 			return fmt.Errorf("set limit %d: %w", l.Which, err)
 		}
 	}

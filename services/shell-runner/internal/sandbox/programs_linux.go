@@ -12,12 +12,6 @@ import (
 	"syscall"
 )
 
-// Program is an allowed program.
-type Program struct {
-	// Listed is the path by which the policy names it, Path the file that this leads to.
-	Listed, Path string
-}
-
 const (
 	// maxInterpreters is how deep the kernel follows #! lines.
 	maxInterpreters = 4

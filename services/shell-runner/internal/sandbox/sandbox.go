@@ -74,3 +74,9 @@ type State struct {
 	// TempUsed is what the place for temporary files holds at the end, in bytes; 0 where it has no size.
 	TempUsed int64
 }
+
+// Program is an allowed program.
+type Program struct {
+	// Listed is the path by which the policy names it, Path the file that this leads to.
+	Listed, Path string
+}

@@ -123,6 +123,8 @@ func systemCalls(localOnly bool) ([]unix.SockFilter, error) {
 	f.on(unix.SYS_UNSHARE, refuseBits(0, namespaceFlags)...)
 	// A file without a name is executed by its descriptor.
 	f.on(unix.SYS_EXECVEAT, refuseBits(4, unix.AT_EMPTY_PATH)...)
+	// The limits of others: the launcher has the job's user.
+	f.on(unix.SYS_PRLIMIT64, allowValues(0, 0)...)
 	f.on(unix.SYS_IOCTL, refuseValues(1, unix.TIOCSTI, unix.TIOCLINUX)...)
 	for number, arg := range setIDModes {
 		f.on(number, refuseBits(arg, setIDBits)...)

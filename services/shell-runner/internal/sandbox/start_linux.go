@@ -29,7 +29,9 @@ const (
 	// startTimeout is how long a launcher may take to be ready, on a machine that is very busy.
 	startTimeout = 30 * time.Second
 	killTimeout  = 5 * time.Second
-	maxIDMaps    = 1024
+	// refillAfter is how long a job goes on before launchers are made for others.
+	refillAfter = 50 * time.Millisecond
+	maxIDMaps   = 1024
 )
 
 // launcherEnvironment is the whole environment of a launcher. A launcher lives for one job.
@@ -66,7 +68,6 @@ type Sandbox struct {
 	closed bool
 	idle   map[bool][]*launched // by whether they have a network of their own
 	making map[bool]int
-	warm   map[bool]bool
 	slots  map[int]bool // taken
 	maps   map[idMap]int
 	filled sync.WaitGroup
@@ -76,17 +77,21 @@ type idMap struct{ uid, gid, to int }
 
 // launched is a launcher as its runner sees it.
 type launched struct {
-	cmd    *exec.Cmd
+	cmd    *exec.Cmd // the launcher, or the stage that has started it
+	pid    int
 	socket int
 	slot   int // -1 for none
 	uid    int // of the job
+
+	mu sync.Mutex
+	fd int // by which a stage's launcher is ended; -1 for none
 }
 
 // New finds out what this machine can hold jobs with. Close ends what it started.
 func New(o Options) (*Sandbox, error) {
 	s := &Sandbox{
 		log: o.Logger, base: cmp.Or(o.UIDBase, DefaultUIDBase), work: make(chan func()), done: make(chan struct{}),
-		idle: map[bool][]*launched{}, making: map[bool]int{}, warm: map[bool]bool{}, slots: map[int]bool{}, maps: map[idMap]int{},
+		idle: map[bool][]*launched{}, making: map[bool]int{}, slots: map[int]bool{}, maps: map[idMap]int{},
 	}
 	if s.base < 1 || s.base > 1<<31-UIDs {
 		return nil, fmt.Errorf("--uid-base is %d, and must be 1 to %d", s.base, 1<<31-UIDs)
@@ -224,9 +229,9 @@ func (s *Sandbox) Close() {
 
 // discard ends a launcher that has no job.
 func (s *Sandbox) discard(l *launched) {
-	_ = l.cmd.Process.Kill()
-	_ = l.cmd.Wait() // killed
+	l.kill()
 	_ = unix.Close(l.socket)
+	l.wait()
 	s.free(l.slot)
 }
 
@@ -250,37 +255,76 @@ func (s *Sandbox) free(slot int) {
 
 // spawn starts a launcher with name spaces and waits until it is ready.
 func (s *Sandbox) spawn(ownNetwork bool) (*launched, error) {
-	l := &launched{slot: -1, uid: os.Geteuid()}
-	attr := &syscall.SysProcAttr{
-		Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
-		Setsid:     true, Pdeathsig: syscall.SIGKILL,
-		AmbientCaps: []uintptr{unix.CAP_SETPCAP, unix.CAP_NET_ADMIN, unix.CAP_SYS_ADMIN},
-	}
-	if ownNetwork {
-		attr.Cloneflags |= unix.CLONE_NEWNET
-	}
-	gid, kind := os.Getegid(), "user"
+	l := &launched{slot: -1, fd: -1, uid: os.Geteuid()}
+	var err error
 	if s.ownUID {
-		slot, err := s.slot()
-		if err != nil {
+		if l.slot, err = s.slot(); err != nil {
 			return nil, err
 		}
-		l.slot, l.uid, kind = slot, s.base+slot, "root"
-		gid = l.uid
+		l.uid = s.base + l.slot
+		attr := spaces(ownNetwork)
 		attr.Credential = &syscall.Credential{Uid: uint32(l.uid), Gid: uint32(l.uid)} //nolint:gosec // bounded by New
 		attr.GidMappingsEnableSetgroups = true
+		attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: l.uid, HostID: l.uid, Size: 1}}
+		attr.GidMappings = attr.UidMappings
+		err = s.exec(l, modeSpaces, kindDescriptors, attr)
+	} else {
+		kind := kindHost
+		if ownNetwork {
+			kind = kindNetwork
+		}
+		err = s.exec(l, modeStage, kind, &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL})
 	}
-	attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: l.uid, HostID: l.uid, Size: 1}}
-	attr.GidMappings = []syscall.SysProcIDMap{{ContainerID: gid, HostID: gid, Size: 1}}
-	if err := s.exec(l, modeSpaces, kind, attr); err != nil {
+	if err != nil {
 		s.free(l.slot)
 		return nil, err
 	}
-	if err := l.answer(startTimeout); err != nil {
+	if err := l.prepared(!s.ownUID); err != nil {
 		s.discard(l)
 		return nil, fmt.Errorf("make name spaces: %w", err)
 	}
 	return l, nil
+}
+
+// prepared waits until a launcher is ready for a job. That of a stage tells it and the stage its
+// number, in any order.
+func (l *launched) prepared(staged bool) error {
+	for ready := false; !ready || staged && l.fd < 0; {
+		r, err := l.answer(startTimeout)
+		if err != nil {
+			return err
+		}
+		ready = ready || r.Ready
+		if r.PID > 0 {
+			l.pid = r.PID
+			if l.fd, err = unix.PidfdOpen(l.pid, 0); err != nil {
+				return fmt.Errorf("watch the launcher: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// kill ends a launcher, and with it its job.
+func (l *launched) kill() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.fd >= 0 {
+		_ = unix.PidfdSendSignal(l.fd, unix.SIGKILL, nil, 0) // ended already is as good
+		return
+	}
+	_ = l.cmd.Process.Kill()
+}
+
+// wait returns when the launcher is gone, with all of its job.
+func (l *launched) wait() {
+	_ = l.cmd.Wait() // the state says it
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.fd >= 0 {
+		_ = unix.Close(l.fd)
+		l.fd = -1
+	}
 }
 
 // exec starts this program as a launcher.
@@ -302,20 +346,21 @@ func (s *Sandbox) exec(l *launched, mode, kind string, attr *syscall.SysProcAttr
 		_ = unix.Close(l.socket)
 		return fmt.Errorf("start a launcher: %w", err)
 	}
+	l.pid = l.cmd.Process.Pid
 	return nil
 }
 
 // answer waits for a launcher's word that all is well.
-func (l *launched) answer(timeout time.Duration) error {
+func (l *launched) answer(timeout time.Duration) (*reply, error) {
 	limit := unix.NsecToTimeval(timeout.Nanoseconds())
 	if err := unix.SetsockoptTimeval(l.socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
-		return fmt.Errorf("bound the wait: %w", err)
+		return nil, fmt.Errorf("bound the wait: %w", err)
 	}
 	var r reply
 	if _, err := receive(l.socket, &r); err != nil {
-		return fmt.Errorf("the launcher ended: %w", err)
+		return nil, fmt.Errorf("the launcher ended: %w", err)
 	}
-	return r.error()
+	return &r, r.error()
 }
 
 func (r *reply) error() error {
@@ -338,7 +383,7 @@ func (e *launchError) Error() string { return e.text }
 
 func (e *launchError) Unwrap() error { return e.err }
 
-// take gives a launcher that is ready, and has another made for the next job.
+// take gives a launcher that is ready, or makes one.
 func (s *Sandbox) take(ownNetwork bool) (*launched, error) {
 	s.mu.Lock()
 	var l *launched
@@ -346,15 +391,32 @@ func (s *Sandbox) take(ownNetwork bool) (*launched, error) {
 		l = s.idle[ownNetwork][0]
 		s.idle[ownNetwork] = s.idle[ownNetwork][1:]
 	}
-	if !s.closed && s.making[ownNetwork] == 0 && len(s.idle[ownNetwork]) < ready {
-		s.making[ownNetwork]++
-		s.filled.Go(func() { s.fill(ownNetwork) })
-	}
 	s.mu.Unlock()
 	if l != nil {
 		return l, nil
 	}
 	return s.spawn(ownNetwork)
+}
+
+// refill has launchers made for the next jobs, at a time when that slows this one least.
+func (s *Sandbox) refill(ownNetwork bool, exited <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || s.making[ownNetwork] > 0 || len(s.idle[ownNetwork]) >= ready {
+		return
+	}
+	s.making[ownNetwork]++
+	wait := len(s.idle[ownNetwork]) > 0
+	s.filled.Go(func() {
+		if wait {
+			select {
+			case <-exited:
+			case <-s.done:
+			case <-time.After(refillAfter):
+			}
+		}
+		s.fill(ownNetwork)
+	})
 }
 
 // fill makes launchers until enough are ready.
@@ -402,8 +464,8 @@ func (s *Sandbox) idMap(uid, gid, to int) (int, error) {
 	if ok {
 		return fd, nil
 	}
-	l := &launched{slot: -1}
-	if err := s.exec(l, modeHold, "root", &syscall.SysProcAttr{
+	l := &launched{slot: -1, fd: -1}
+	if err := s.exec(l, modeHold, kindHost, &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWUSER, Pdeathsig: syscall.SIGKILL,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: uid, HostID: to, Size: 1}},
 		GidMappings: []syscall.SysProcIDMap{{ContainerID: gid, HostID: to, Size: 1}},
@@ -492,7 +554,7 @@ func (s *Sandbox) Start(j *Job) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Process{PID: l.cmd.Process.Pid, Contained: true, Exited: make(chan struct{}), l: l, s: s}
+	p := &Process{PID: l.pid, Contained: true, Exited: make(chan struct{}), l: l, s: s}
 	b := &building{s: s, job: j, process: p, spec: s.newSpec(j)}
 	defer b.close()
 	if err = b.tree(); err == nil {
@@ -504,7 +566,7 @@ func (s *Sandbox) Start(j *Job) (*Process, error) {
 		err = send(l.socket, b.spec, b.files())
 	}
 	if err == nil {
-		err = l.answer(0)
+		_, err = l.answer(0)
 	}
 	if err != nil {
 		s.discard(l)
@@ -514,6 +576,7 @@ func (s *Sandbox) Start(j *Job) (*Process, error) {
 		p.temp = fmt.Sprintf("/proc/%d/root%s", p.PID, j.Private)
 	}
 	go p.watch()
+	s.refill(j.Network != HostNetwork, p.Exited)
 	return p, nil
 }
 
@@ -691,7 +754,10 @@ func (p *Process) watch() {
 	defer close(p.Exited)
 	var r reply
 	_, err := receive(p.l.socket, &r)
-	waitErr := p.l.cmd.Wait() // with it, every process of the job is gone
+	if err != nil {
+		p.l.kill() // it has closed the socket, and does not tell more
+	}
+	p.l.wait()
 	switch {
 	case err == nil && r.Ended != nil:
 		e := r.Ended
@@ -704,7 +770,7 @@ func (p *Process) watch() {
 			p.state.Status = status
 		} else {
 			p.state.Status = syscall.WaitStatus(unix.SIGKILL)
-			p.s.log.Warn("a launcher did not tell how its job ended", "error", errors.Join(err, r.error(), ignoreExit(waitErr)))
+			p.s.log.Warn("a launcher did not tell how its job ended", "error", errors.Join(err, r.error()))
 		}
 	}
 	p.s.free(p.l.slot)
@@ -720,7 +786,7 @@ func (p *Process) Kill() {
 	select {
 	case <-p.Exited:
 	case <-time.After(killTimeout):
-		_ = p.l.cmd.Process.Kill()
+		p.l.kill()
 	}
 }
 
@@ -748,14 +814,14 @@ func (p *Process) TempUsed() (int64, bool) {
 
 // startBare starts a job whose launcher becomes it.
 func (s *Sandbox) startBare(j *Job) (*Process, error) {
-	l := &launched{slot: -1}
+	l := &launched{slot: -1, fd: -1}
 	p := &Process{Exited: make(chan struct{}), reaped: make(chan struct{}), reap: make(chan struct{}), l: l, s: s}
 	b := &building{s: s, job: j, process: p, spec: s.newSpec(j)}
 	if j.Network != HostNetwork {
 		b.spec.OwnNetwork = s.noNet == nil
 		b.spec.NoSockets = s.noNet != nil
 	}
-	if err := s.exec(l, modeBare, "user", &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}); err != nil {
+	if err := s.exec(l, modeBare, kindPaths, &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}); err != nil {
 		return nil, err
 	}
 	p.PID = l.cmd.Process.Pid
@@ -864,11 +930,4 @@ func networkNamespaces() (alone, loopback error) {
 	})
 	<-done
 	return alone, loopback
-}
-
-func ignoreExit(err error) error {
-	if _, ok := errors.AsType[*exec.ExitError](err); ok {
-		return nil
-	}
-	return err
 }

@@ -83,6 +83,9 @@ type Limit struct {
 // reply is what a launcher says: that it is ready, that the program started or why not, and how
 // the program ended.
 type reply struct {
+	// Ready is a launcher's word that it waits for a job, PID a stage's that it has started one.
+	Ready bool          `json:"ready,omitempty"`
+	PID   int           `json:"pid,omitempty"`
 	Err   string        `json:"err,omitempty"`
 	Errno syscall.Errno `json:"errno,omitempty"`
 	Ended *ended        `json:"ended,omitempty"`
