@@ -94,6 +94,10 @@ bench-front-door: ## 10,000 rows inserted by one SQL statement, and how soon a s
 	go test -count=1 -timeout 30m -run '^$$' -bench FrontDoor -benchtime 1x ./test/faults
 	go test -count=1 -timeout 30m -run '^$$' -bench Pickup -benchtime 200x ./test/faults
 
+.PHONY: bench-sandbox
+bench-sandbox: ## What the shell runner's sandbox adds to the start of a program, beside fork+exec, bwrap and docker run where they are there
+	CGO_ENABLED=0 go run ./services/shell-runner/bench/sandbox
+
 .PHONY: bench-store
 bench-store: ## The PostgreSQL store: an old table's upgrade, what a run costs beside a million jobs, transactions a step
 	go run ./services/orchestrator/bench/postgres

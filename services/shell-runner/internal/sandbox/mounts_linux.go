@@ -28,7 +28,7 @@ var settings = []string{
 // which the dynamic loader could be made to run them, only if they are allowed.
 var libraries = []string{
 	"/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/libexec", "/usr/share", "/usr/include", "/usr/local/lib", "/usr/local/lib64", "/usr/local/share",
-	"/usr/local/include", "/usr/local/etc", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/proc",
+	"/usr/local/include", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/proc",
 }
 
 var devices = []string{"null", "zero", "full", "random", "urandom"}
@@ -312,6 +312,14 @@ func (l *launcher) fit(j *job) error {
 			return err
 		}
 		if err := os.Symlink(s.Target, s.At); err != nil {
+			return err
+		}
+	}
+	for _, m := range j.spec.Mounts {
+		if !m.Empty {
+			continue
+		}
+		if err := setMount(m.Target, unix.MOUNT_ATTR_RDONLY, 0); err != nil {
 			return err
 		}
 	}

@@ -1,6 +1,6 @@
 //go:build linux
 
-// Command bench-sandbox measures what a sandbox adds to the start of a program: the time from
+// Command sandbox measures what a sandbox adds to the start of a program: the time from
 // before /bin/true is started until it has ended and nothing of it is left, bare, through the
 // shell runner's sandbox, through a whole job of the shell runner, and through bwrap and docker
 // run where they are there.
@@ -40,7 +40,7 @@ func main() {
 	n := flag.Int("n", 300, "how often each is started; docker a tenth as often")
 	flag.Parse()
 	if err := run(context.Background(), *n, os.Stdout); err != nil {
-		fmt.Fprintln(os.Stderr, "bench-sandbox:", err)
+		fmt.Fprintln(os.Stderr, "sandbox:", err)
 		os.Exit(1)
 	}
 }
