@@ -40,3 +40,12 @@ func TestDevOnPostgreSQL(t *testing.T) {
 	require.Equal(t, "1", cluster.Psql(t, database, "SELECT count(*) FROM jobs.tb_workflow_run"), "what was rolled back is not there")
 	require.Equal(t, 0, p.end(syscall.SIGTERM), p.err.String())
 }
+
+// migrated is a database with the mesh's schema.
+func migrated(t *testing.T, dir string) string {
+	t.Helper()
+	database := pgtest.Database(t)
+	r := specql(t, dir, "migrate-schema", "--database", database)
+	require.Equal(t, 0, r.status, r.err)
+	return database
+}

@@ -82,6 +82,8 @@ func Seconds(v float64) string {
 	switch {
 	case math.IsNaN(v):
 		return "–"
+	case v == 0:
+		return "0 s"
 	case v < 1e-3:
 		return number(v*1e6) + " µs"
 	case v < 1:

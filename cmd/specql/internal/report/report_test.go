@@ -83,7 +83,7 @@ func TestWriteOfNothing(t *testing.T) {
 
 func TestSeconds(t *testing.T) {
 	t.Parallel()
-	for v, want := range map[float64]string{0.0000125: "12.5 µs", 0.0123: "12.3 ms", 1.5: "1.50 s", 600: "10.0 min", 0: "0 µs"} {
+	for v, want := range map[float64]string{0.0000125: "12.5 µs", 0.0123: "12.3 ms", 1.5: "1.50 s", 600: "10.0 min", 0: "0 s"} {
 		require.Equal(t, want, Seconds(v))
 	}
 	require.Equal(t, "–", Seconds(math.NaN()))
