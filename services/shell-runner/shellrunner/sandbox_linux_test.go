@@ -5,8 +5,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -160,4 +163,23 @@ func TestChecksAndDigestAreTold(t *testing.T) {
 	require.NotEmpty(t, verdicts["allowed_commands"])
 	s.r.ceiling = nil
 	require.NotEqual(t, security.GetPolicyDigest(), s.run(c).Finished.GetSecurity().GetPolicyDigest())
+}
+
+// A launcher that waits can be ended by a machine short of memory.
+func TestLauncherThatWasEnded(t *testing.T) {
+	s := newShell(t, Options{})
+	s.ok(sh("true"))
+	ended := 0
+	all := processes()
+	for pid := range all {
+		line, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "cmdline"))
+		if err == nil && descends(all, pid) && strings.HasPrefix(string(line), "specql-sandbox\x00spaces") {
+			require.NoError(t, syscall.Kill(pid, syscall.SIGKILL))
+			require.Eventually(t, func() bool { p, there := processes()[pid]; return !there || p.state == 'Z' }, time.Minute, time.Millisecond)
+			ended++
+		}
+	}
+	for range ended + 2 {
+		s.ok(sh("true"))
+	}
 }

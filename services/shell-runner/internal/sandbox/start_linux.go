@@ -385,17 +385,26 @@ func (e *launchError) Unwrap() error { return e.err }
 
 // take gives a launcher that is ready, or makes one.
 func (s *Sandbox) take(ownNetwork bool) (*launched, error) {
-	s.mu.Lock()
-	var l *launched
-	if n := len(s.idle[ownNetwork]); n > 0 {
-		l = s.idle[ownNetwork][0]
+	for {
+		s.mu.Lock()
+		if len(s.idle[ownNetwork]) == 0 {
+			s.mu.Unlock()
+			return s.spawn(ownNetwork)
+		}
+		l := s.idle[ownNetwork][0]
 		s.idle[ownNetwork] = s.idle[ownNetwork][1:]
+		s.mu.Unlock()
+		if l.waits() {
+			return l, nil
+		}
+		s.discard(l) // ended by someone, such as a kernel short of memory
 	}
-	s.mu.Unlock()
-	if l != nil {
-		return l, nil
-	}
-	return s.spawn(ownNetwork)
+}
+
+// waits tells whether a launcher without a job is there: it says nothing until it gets one.
+func (l *launched) waits() bool {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(l.socket), Events: unix.POLLIN}}, 0) //nolint:gosec // a descriptor
+	return n == 0 && (err == nil || errors.Is(err, unix.EINTR))
 }
 
 // refill has launchers made for the next jobs, at a time when that slows this one least.
@@ -557,10 +566,9 @@ func (s *Sandbox) Start(j *Job) (*Process, error) {
 	p := &Process{PID: l.pid, Contained: true, Exited: make(chan struct{}), l: l, s: s}
 	b := &building{s: s, job: j, process: p, spec: s.newSpec(j)}
 	defer b.close()
-	if err = b.tree(); err == nil {
-		if j.Join != nil {
-			err = j.Join(p.PID)
-		}
+	err = b.tree()
+	if err == nil && j.Join != nil {
+		err = j.Join(p.PID)
 	}
 	if err == nil {
 		err = send(l.socket, b.spec, b.files())
