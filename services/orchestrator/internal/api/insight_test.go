@@ -1,6 +1,7 @@
 package api
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -167,5 +168,58 @@ func TestInsight(t *testing.T) {
 		require.True(t, ok, field)
 		require.Equal(t, fault.Validation, e.Code)
 		require.Equal(t, field, e.Violations[0].Field)
+	}
+}
+
+// manyJobs has more jobs and violations than a report looks at, or just as many.
+type manyJobs struct {
+	store.Insight
+	n int
+}
+
+func (m manyJobs) Figures(_ context.Context, _ store.JobFilter, limit int) ([]*store.JobFigures, error) {
+	jobs := make([]*store.JobFigures, min(m.n, limit))
+	for i := range jobs {
+		// No two messages have a shape in common.
+		letters := strings.Map(func(r rune) rune { return r - '0' + 'g' }, fmt.Sprint(i))
+		jobs[i] = &store.JobFigures{Service: "s", Operation: "o", ExecutionType: "http", Status: store.Failed, Attempts: 1, ErrorMessage: letters}
+	}
+	return jobs, nil
+}
+
+func (m manyJobs) Violations(_ context.Context, _ store.JobFilter, limit int) ([]*store.Violation, error) {
+	list := make([]*store.Violation, min(m.n, limit))
+	for i := range list {
+		list[i] = &store.Violation{}
+	}
+	return list, nil
+}
+
+func TestReportsAreBounded(t *testing.T) {
+	t.Parallel()
+	ctx, f := t.Context(), &specqlv1.JobFilter{Service: "s"}
+	for n, more := range map[int]bool{maxFigures: false, maxFigures + 1: true} {
+		insight := &Insight{Store: manyJobs{n: n}}
+		p, err := insight.GetPerformance(ctx, &specqlv1.GetPerformanceRequest{Filter: f})
+		require.NoError(t, err)
+		require.Equal(t, []any{more, int64(maxFigures)}, []any{p.GetTruncated(), p.GetPerformance()[0].GetJobs()})
+		u, err := insight.GetResourceUsage(ctx, &specqlv1.GetResourceUsageRequest{Filter: f})
+		require.NoError(t, err)
+		require.Equal(t, more, u.GetTruncated())
+	}
+	for n, more := range map[int]bool{maxPatterns: false, maxPatterns + 1: true} {
+		patterns, err := (&Insight{Store: manyJobs{n: n}}).GetFailurePatterns(ctx, &specqlv1.GetFailurePatternsRequest{Filter: f})
+		require.NoError(t, err)
+		require.Len(t, patterns.GetPatterns(), maxPatterns)
+		require.Equal(t, more, patterns.GetTruncated())
+		require.Equal(t, "INTERNAL", patterns.GetPatterns()[0].GetErrorCode(), "a failure without a code has one")
+	}
+	for limit, want := range map[int32]int{0: defaultViolations, 5: 5, 1 << 30: maxViolations} {
+		for n, more := range map[int]bool{want: false, want + 1: true} {
+			a, err := (&Insight{Store: manyJobs{n: n}}).GetSecurityAudit(ctx, &specqlv1.GetSecurityAuditRequest{Limit: limit})
+			require.NoError(t, err)
+			require.Len(t, a.GetViolations(), want)
+			require.Equal(t, more, a.GetTruncated())
+		}
 	}
 }
