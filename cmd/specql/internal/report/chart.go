@@ -216,8 +216,7 @@ func latency(tests []Test) chart {
 			pen := "M"
 			for _, s := range timelines[i] {
 				if s.Ended == 0 {
-					pen = "M" // a gap
-					continue
+					continue // the line goes on to the next call
 				}
 				fmt.Fprintf(&b, "%s%.1f %.1f", pen, x.at((s.Start + s.Width/2).Seconds()), y.at(p.of(s)))
 				if pen == "M" {
