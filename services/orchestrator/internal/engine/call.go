@@ -100,6 +100,9 @@ func (r *run) job(ctx context.Context, n *plan.Call, f *frame, key string) (*sto
 	return r.attempts(ctx, n, job)
 }
 
+// maxAttempts bounds what a client may write into a row.
+const maxAttempts = 1_000_000
+
 // adopt makes a job that a client inserted by SQL the job of a call.
 func (r *run) adopt(ctx context.Context, n *plan.Call, f *frame, key string, row *store.Job) (*store.Job, error) {
 	job, err := r.newJob(n, f, key, nil)
@@ -112,14 +115,14 @@ func (r *run) adopt(ctx context.Context, n *plan.Call, f *frame, key string, row
 	if row.Timeout > 0 {
 		job.Timeout = row.Timeout
 	}
-	if row.MaxAttempts > 1 {
-		job.MaxAttempts = row.MaxAttempts
+	if row.MaxAttempts > 0 {
+		job.MaxAttempts = min(row.MaxAttempts, maxAttempts)
 	}
 	r.noteJob(job, true)
 	if job.Status.Final() {
 		return job, r.flush(ctx)
 	}
-	job.Attempts += max(row.Attempts, 0)
+	job.Attempts += min(max(row.Attempts, 0), maxAttempts)
 	return r.attempts(ctx, n, job)
 }
 

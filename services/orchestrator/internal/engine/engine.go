@@ -47,6 +47,8 @@ type Journal interface {
 	AppendLogs(ctx context.Context, lines []*store.LogLine) error
 	// Flush returns when lines taken before can be read from the store.
 	Flush(ctx context.Context) error
+	// Hasten bounds how often what waits is tried, from now on.
+	Hasten()
 }
 
 // Reader is what the engine reads from the store, and the few writes that do not belong to a walk.
@@ -66,6 +68,7 @@ type Reader interface {
 	Release(ctx context.Context, owner string, runIDs []string) error
 	Retire(ctx context.Context, owner string) error
 	ClaimJobs(ctx context.Context, owner string, limit int) ([]*store.Job, error)
+	Owned(ctx context.Context, owner string) (runIDs []string, jobs []*store.Job, err error)
 	Requests(ctx context.Context, owner string) (*store.Requests, error)
 	Listen(ctx context.Context, fn func(store.Notice)) error
 	ExecutionTypes(ctx context.Context) (map[string]store.ExecutionType, error)
@@ -171,14 +174,17 @@ type Engine struct {
 	part    context.CancelFunc
 	loops   sync.WaitGroup
 
-	mu       sync.Mutex
-	runs     map[string]*run
-	draining bool
-	drain    context.Context // ends when draining begins
-	endDrain context.CancelFunc
-	base     context.Context
-	stop     context.CancelCauseFunc
-	wg       sync.WaitGroup
+	mu   sync.Mutex
+	runs map[string]*run
+	// queued are runs that wait to be loaded, and admitting the jobs that wait to become runs.
+	queued    map[string]bool
+	admitting map[string]bool
+	draining  bool
+	drain     context.Context // ends when draining begins
+	endDrain  context.CancelFunc
+	base      context.Context
+	stop      context.CancelCauseFunc
+	wg        sync.WaitGroup
 }
 
 // New makes an engine. Close ends it.
@@ -196,7 +202,7 @@ func New(o Options) *Engine {
 		o.JobEnded = func(string, store.Status, time.Duration) {}
 	}
 	e := &Engine{
-		Options: o, hub: newHub(), slots: newSlots(o.MaxRuns), runs: map[string]*run{}, members: newMembership(o.Owner),
+		Options: o, hub: newHub(), slots: newSlots(o.MaxRuns), runs: map[string]*run{}, queued: map[string]bool{}, admitting: map[string]bool{}, members: newMembership(o.Owner),
 	}
 	e.joined, e.part = context.WithCancel(context.Background())
 	e.drain, e.endDrain = context.WithCancel(context.Background())
@@ -228,6 +234,9 @@ type StartRequest struct {
 // Start begins a run and returns when it is durable. A *store.DuplicateError names the
 // first run with the same idempotency key.
 func (e *Engine) Start(ctx context.Context, req *StartRequest) (*store.Run, error) {
+	if e.cutOff() {
+		return nil, fault.New(fault.Unavailable, "the database does not answer; ask again later")
+	}
 	if e.slots.tryAcquire() {
 		return e.begin(ctx, req)
 	}
@@ -330,7 +339,9 @@ func (e *Engine) begin(ctx context.Context, req *StartRequest) (*store.Run, erro
 		}
 		return r.row(), nil
 	case <-ctx.Done():
-		// The run goes on; the caller finds it by its idempotency key.
+		// A run that is not on its way to the disk yet is taken back. Another one goes on; the
+		// caller finds it by its idempotency key.
+		r.takeBack()
 		return nil, context.Cause(ctx)
 	}
 }
@@ -375,6 +386,19 @@ func (e *Engine) register(r *run) error {
 
 // resume walks a stored run as soon as there is a slot.
 func (e *Engine) resume(id string) {
+	e.mu.Lock()
+	known := e.queued[id] || e.draining
+	if !known {
+		e.queued[id] = true
+	}
+	e.mu.Unlock()
+	if !known {
+		e.whenFree(id)
+	}
+}
+
+// whenFree loads a queued run once there is a slot.
+func (e *Engine) whenFree(id string) {
 	e.slots.onFree(func() {
 		e.mu.Lock()
 		if e.draining {
@@ -386,13 +410,19 @@ func (e *Engine) resume(id string) {
 		e.mu.Unlock()
 		go func() {
 			defer e.wg.Done()
-			e.load(id, false)
+			e.load(id)
 		}()
 	})
 }
 
-// load reads a run and walks it. The caller holds a slot, which the walk gives back.
-func (e *Engine) load(id string, retry bool) {
+func (e *Engine) unqueue(id string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.queued, id)
+}
+
+// load reads a queued run and walks it. The caller holds a slot, which the walk gives back.
+func (e *Engine) load(id string) {
 	r := newRun(e, &store.Run{ID: id}, nil)
 	if err := e.register(r); err != nil {
 		r.stop(nil)
@@ -400,7 +430,13 @@ func (e *Engine) load(id string, retry bool) {
 		e.retryLater(id) // an earlier walk of it, under another epoch, is just ending
 		return
 	}
-	err := r.restore(e.base, retry)
+	e.unqueue(id)
+	e.walkStored(r, true)
+}
+
+// walkStored reads a registered run and walks it, or ends it where it cannot be walked.
+func (e *Engine) walkStored(r *run, slot bool) {
+	err := r.restore(e.base, false)
 	if refused, ok := errors.AsType[*refusedError](err); ok {
 		r.refuse(refused.err)
 		return
@@ -410,12 +446,14 @@ func (e *Engine) load(id string, retry bool) {
 		return
 	}
 	e.forget(r)
-	e.slots.release()
-	if errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrFenced) || errors.Is(err, errEnded) {
+	if slot {
+		e.slots.release()
+	}
+	if errors.Is(err, errGone) || errors.Is(err, store.ErrFenced) || errors.Is(err, errEnded) {
 		return
 	}
-	e.Logger.Error("a run could not be loaded; it is tried again", "run_id", id, "error", err)
-	e.retryLater(id)
+	e.Logger.Warn("a run could not be loaded; it is tried again", "run_id", r.id, "error", err)
+	e.retryLater(r.id)
 }
 
 // retryLater resumes a run after a pause, for when the database did not answer.
@@ -425,18 +463,20 @@ func (e *Engine) retryLater(id string) {
 		e.mu.Unlock()
 		return
 	}
+	e.queued[id] = true
 	e.wg.Add(1)
 	e.mu.Unlock()
 	go func() {
 		defer e.wg.Done()
 		if e.Clock.Sleep(e.drain, time.Second) == nil {
-			e.resume(id)
+			e.whenFree(id)
 		}
 	}()
 }
 
 func (e *Engine) forget(r *run) {
 	r.stop(nil)
+	r.withdraw(nil)
 	e.mu.Lock()
 	if e.runs[r.id] == r {
 		delete(e.runs, r.id)
@@ -500,18 +540,7 @@ func (e *Engine) endQueued(id string) {
 		r.stop(nil)
 		return // it is being walked, and finds the request there
 	}
-	go func() {
-		err := r.restore(e.base, false)
-		if refused, ok := errors.AsType[*refusedError](err); ok {
-			r.refuse(refused.err)
-			return
-		}
-		if err != nil {
-			e.forget(r)
-			return
-		}
-		r.walk()
-	}()
+	go e.walkStored(r, false)
 }
 
 // Retry goes on with a failed or cancelled run from the step that failed.
@@ -539,6 +568,9 @@ func (e *Engine) Retry(ctx context.Context, id string) error {
 	}
 	if err := r.restore(ctx, true); err != nil {
 		e.forget(r)
+		if refused, ok := errors.AsType[*refusedError](err); ok {
+			return fault.Wrap(err, refused.err.Code, "the run cannot be retried: %s", refused.err.Message)
+		}
 		return err
 	}
 	if err := r.flush(ctx); err != nil {
@@ -596,6 +628,12 @@ func (e *Engine) Close(ctx context.Context) {
 		e.endDrain()
 	}
 	e.mu.Unlock()
+	e.mu.Lock()
+	for id := range e.queued {
+		e.handOver(id) // it waits for nothing here any more
+	}
+	clear(e.queued)
+	e.mu.Unlock()
 	done := make(chan struct{})
 	go func() {
 		e.wg.Wait()
@@ -607,6 +645,7 @@ func (e *Engine) Close(ctx context.Context) {
 	select {
 	case <-done:
 	case <-ctx.Done():
+		e.Journal.Hasten()
 		e.stop(ErrHandBack)
 		<-done
 	}

@@ -96,6 +96,8 @@ type world struct {
 	// behave overrides what an operation does.
 	behave map[string]func(ctx context.Context, c *engine.Call, input map[string]any) *engine.Outcome
 	arrive chan string
+	// lostPlans says that a plan that is not known is known to be nowhere.
+	lostPlans bool
 }
 
 type call struct{ key, step, operation string }
@@ -140,6 +142,9 @@ func (w *world) Plan(_ context.Context, r *store.Run) (*plan.Plan, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	p := w.plans[r.Snapshot]
+	if p == nil && w.lostPlans {
+		return nil, fmt.Errorf("no such plan: %w", store.ErrNotFound)
+	}
 	if p == nil {
 		return nil, errors.New("no such plan")
 	}

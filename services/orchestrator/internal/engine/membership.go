@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"time"
 
@@ -25,12 +26,17 @@ const (
 	detachedLimit = 2 * time.Minute
 	// followInterval is how often runs are looked at that are watched here and walked elsewhere.
 	followInterval = 100 * time.Millisecond
+	// reconcileInterval is how often an orchestrator looks for runs and jobs that are its own
+	// and that it does not know of: the answer to a claim may get lost.
+	reconcileInterval = time.Minute
 	// maintainInterval is how often old runs are deleted and statistics put together.
 	maintainInterval = time.Minute
 	// maintainWait bounds one turn of that.
 	maintainWait = 10 * time.Minute
 	// claimBatch is how many runs or jobs one claim takes at most.
 	claimBatch = 256
+	// maxName is how much of a name that a client wrote a run shows, in bytes.
+	maxName = 255
 	// storeWait bounds one question to the store of the loops here.
 	storeWait = 10 * time.Second
 )
@@ -50,6 +56,9 @@ type membership struct {
 	members map[string]member
 	// disabled execution types.
 	disabled map[string]bool
+
+	// reconciled is when it was last seen that everything that is owned is known; zero for at once.
+	reconciled time.Time
 
 	released chan struct{} // one token: there are runs to give up
 	giveUp   []string
@@ -219,6 +228,13 @@ func (e *Engine) evict(ctx context.Context) {
 	poke(m.work)
 }
 
+// cutOff says whether no beat has reached the database for a while.
+func (e *Engine) cutOff() bool {
+	e.members.mu.Lock()
+	defer e.members.mu.Unlock()
+	return !e.members.beaten.IsZero() && time.Since(e.members.beaten) > 2*ownerLimit
+}
+
 // works claims runs and jobs.
 func (e *Engine) works(ctx context.Context) {
 	each(ctx, workInterval, e.members.work, func() {
@@ -227,13 +243,48 @@ func (e *Engine) works(ctx context.Context) {
 		}
 		wctx, cancel := context.WithTimeout(ctx, storeWait)
 		defer cancel()
-		if _, err := e.Recover(wctx); err != nil && ctx.Err() == nil {
-			e.Logger.Warn("runs could not be claimed", "error", err)
-		}
-		if err := e.admitJobs(wctx); err != nil && ctx.Err() == nil {
-			e.Logger.Warn("jobs could not be claimed", "error", err)
+		for what, claim := range map[string]func(context.Context) error{
+			"runs": func(ctx context.Context) error { _, err := e.Recover(ctx); return err },
+			"jobs": e.admitJobs,
+			"lost": e.reconcile,
+		} {
+			if err := claim(wctx); err != nil && ctx.Err() == nil {
+				e.Logger.Warn("work could not be claimed", "what", what, "error", err)
+				e.lostClaim(time.Time{})
+			}
 		}
 	})
+}
+
+// lostClaim sets when it was last seen that everything that is owned is known.
+func (e *Engine) lostClaim(at time.Time) {
+	e.members.mu.Lock()
+	defer e.members.mu.Unlock()
+	e.members.reconciled = at
+}
+
+// reconcile takes up what this orchestrator owns and does not know of.
+func (e *Engine) reconcile(ctx context.Context) error {
+	e.members.mu.Lock()
+	since := time.Since(e.members.reconciled)
+	e.members.mu.Unlock()
+	if since < reconcileInterval {
+		return nil
+	}
+	runs, jobs, err := e.Store.Owned(ctx, e.owner())
+	if err != nil {
+		return err
+	}
+	e.lostClaim(time.Now())
+	for _, id := range runs {
+		if e.running(id) == nil {
+			e.resume(id) // one that has just ended is seen to have
+		}
+	}
+	for _, j := range jobs {
+		e.admit(j)
+	}
+	return nil
 }
 
 // admitJobs makes runs of jobs that clients inserted by SQL, as many as there is room for.
@@ -244,7 +295,7 @@ func (e *Engine) admitJobs(ctx context.Context) error {
 	for {
 		room := min(claimBatch, e.slots.room())
 		if room <= 0 {
-			return nil // the end of a run asks for work again
+			return nil
 		}
 		jobs, err := e.Store.ClaimJobs(ctx, e.owner(), room)
 		if err != nil {
@@ -261,7 +312,18 @@ func (e *Engine) admitJobs(ctx context.Context) error {
 
 // admit begins the run of a job in the background, once there is a slot.
 func (e *Engine) admit(j *store.Job) {
-	owner := e.owner()
+	e.mu.Lock()
+	known := e.admitting[j.ID] || e.draining
+	if !known {
+		e.admitting[j.ID] = true
+	}
+	e.mu.Unlock()
+	if !known {
+		e.admitWhenFree(j, e.owner())
+	}
+}
+
+func (e *Engine) admitWhenFree(j *store.Job, owner string) {
 	e.slots.onFree(func() {
 		e.mu.Lock()
 		if e.draining {
@@ -275,8 +337,12 @@ func (e *Engine) admit(j *store.Job) {
 			defer e.wg.Done()
 			// While the database is away the job is tried again, for as long as it is this owner's.
 			if !e.startJob(j) && e.Clock.Sleep(e.drain, time.Second) == nil && e.owner() == owner {
-				e.admit(j)
+				e.admitWhenFree(j, owner)
+				return
 			}
+			e.mu.Lock()
+			delete(e.admitting, j.ID)
+			e.mu.Unlock()
 		}()
 	})
 }
@@ -284,36 +350,46 @@ func (e *Engine) admit(j *store.Job) {
 // startJob begins the run of a job and reports whether that is settled. The caller's slot is
 // given back.
 func (e *Engine) startJob(j *store.Job) (settled bool) {
-	req, err := e.Intake.PrepareJob(e.base, j)
-	switch {
-	case err == nil:
+	var req *StartRequest
+	var err error
+	if j.Err != nil {
+		err = j.Err
+	} else {
+		req, err = e.Intake.PrepareJob(e.base, j)
+	}
+	if err == nil {
 		_, err = e.begin(e.base, req)
-	default:
+	} else {
 		e.slots.release()
-		if f, ok := fault.As(err); ok && f.Code == fault.Validation {
-			err = e.refuseJob(j, f)
-		}
+	}
+	if f, ok := fault.As(err); ok && f.Code == fault.Validation {
+		err = e.refuseJob(j, f)
 	}
 	// One that is no longer pending is another's by now, or gone.
 	if err == nil || errors.Is(err, store.ErrState) || errors.Is(err, store.ErrNotFound) || e.drain.Err() != nil {
 		return true
 	}
 	e.Logger.Warn("a job that was inserted by SQL could not be begun; it is tried again", "job_id", j.ID, "error", err)
-	return false
+	return errors.Is(err, store.ErrRefused) // not before it is looked at again
 }
 
 // refuseJob ends a job that cannot become a run: it fails, as a call from the API would.
 func (e *Engine) refuseJob(j *store.Job, why *fault.Error) error {
 	now := e.Clock.Now()
-	row, err := e.newRow(&StartRequest{Action: j.Service + "." + j.Operation, CorrelationID: j.CorrelationID, TenantID: j.TenantID, Subject: j.TriggeredBy})
+	row, err := e.newRow(&StartRequest{Action: clip(j.Service, maxName) + "." + clip(j.Operation, maxName), CorrelationID: j.CorrelationID, TenantID: j.TenantID, Subject: j.TriggeredBy})
 	if err != nil {
 		return err
 	}
 	row.Status, row.Err, row.StartedAt, row.CompletedAt = store.Failed, why, now, now
-	row.Input, row.Sequence = j.Input, 2
+	row.Sequence = 2
+	if len(j.Input) <= MaxPayload && depth(j.Input) <= MaxNesting {
+		row.Input = j.Input
+	}
+	why.Message = clip(why.Message, maxMessage)
 	failed := *j
 	failed.Adopted, failed.RunID, failed.StepPath = true, row.ID, "steps[0]"
 	failed.Status, failed.Err, failed.CompletedAt, failed.Sequence = store.Failed, why, now, 1
+	failed.Attempts = min(max(j.Attempts, 0), maxAttempts)
 	if err := e.Journal.Append(e.base, &store.Record{RunID: row.ID, Epoch: row.Epoch, Sequence: row.Sequence, Create: row, NewJobs: []*store.Job{&failed}}); err != nil {
 		return err
 	}
@@ -439,7 +515,11 @@ func (e *Engine) follows(ctx context.Context) {
 		if err != nil {
 			return // the watchers' own reads tell them
 		}
-		for id, s := range states {
+		for _, id := range foreign {
+			s, there := states[id]
+			if !there {
+				s = store.RunState{Sequence: math.MaxInt64} // it is gone, which its watchers find
+			}
 			e.hub.behind(id, s)
 		}
 	})

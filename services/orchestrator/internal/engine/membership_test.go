@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
@@ -76,6 +77,8 @@ func (*members) Listen(ctx context.Context, _ func(store.Notice)) error {
 	<-ctx.Done()
 	return ctx.Err()
 }
+
+func (*members) Owned(context.Context, string) ([]string, []*store.Job, error) { return nil, nil, nil }
 
 func (*members) ExecutionTypes(context.Context) (map[string]store.ExecutionType, error) {
 	return nil, nil
@@ -185,16 +188,7 @@ func TestABuriedOwnerLetsGo(t *testing.T) {
 		let <- context.Cause(ctx)
 		return &engine.Outcome{}
 	}
-	j := store.NewJournal(w.store, store.JournalOptions{})
-	e := engine.New(engine.Options{
-		Journal: j, Store: m, Plans: w, Dispatcher: w, Clock: fastClock{}, Logger: slog.New(slog.DiscardHandler), Owner: "me",
-	})
-	t.Cleanup(func() {
-		e.Close(t.Context())
-		require.NoError(t, j.Close())
-	})
-	_, err := e.Join(t.Context())
-	require.NoError(t, err)
+	e := w.joinedOn(m, nil)
 	require.Equal(t, "me", <-m.owners)
 	r, err := e.Start(t.Context(), w.request(`actions: [{call_service: {service: svc, operation: hang}}]`, nil))
 	require.NoError(t, err)
@@ -216,6 +210,155 @@ func TestABuriedOwnerLetsGo(t *testing.T) {
 		return err == nil && got.Owner == again && got.Epoch == 2
 	}, wait, tick)
 	require.NoError(t, e.Cancel(t.Context(), r.ID, "enough"))
+}
+
+// joinedOn is an engine that has joined on a reader of its own.
+func (w *world) joinedOn(reader engine.Reader, options func(*engine.Options)) *engine.Engine {
+	w.t.Helper()
+	j := store.NewJournal(w.store, store.JournalOptions{})
+	o := engine.Options{Journal: j, Store: reader, Plans: w, Dispatcher: w, Clock: fastClock{}, Logger: slog.New(slog.DiscardHandler), Owner: "me"}
+	if options != nil {
+		options(&o)
+	}
+	e := engine.New(o)
+	w.t.Cleanup(func() {
+		e.Close(w.t.Context())
+		require.NoError(w.t, j.Close())
+	})
+	_, err := e.Join(w.t.Context())
+	require.NoError(w.t, err)
+	return e
+}
+
+// lossy loses the answer to a claim that took effect.
+type lossy struct {
+	engine.Reader
+	lose atomic.Bool
+	lost atomic.Int64
+}
+
+func (l *lossy) Claim(ctx context.Context, owner string, limit int) ([]*store.Run, error) {
+	runs, err := l.Reader.Claim(ctx, owner, limit)
+	if len(runs) > 0 && l.lose.Load() {
+		l.lost.Add(int64(len(runs)))
+		return nil, errDown
+	}
+	return runs, err
+}
+
+func TestAClaimWithoutAnAnswerIsFoundAgain(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	reader := &lossy{Reader: w.store}
+	e := w.joinedOn(reader, nil)
+	reader.lose.Store(true)
+	req := w.request(`actions: [{call_service: {service: svc, operation: echo, input: {v: 1}}}]`, nil)
+	id := uuid.Must(uuid.NewV7()).String()
+	results, err := w.store.Commit(t.Context(), []*store.Record{{RunID: id, Epoch: 1, Sequence: 1, Create: &store.Run{
+		ID: id, Action: "orphan", Snapshot: req.Snapshot, Status: store.Pending, Input: []byte("{}"), Owner: "nobody", Epoch: 1, CreatedAt: time.Now(),
+	}}})
+	require.NoError(t, err)
+	require.NoError(t, results[0])
+	require.Eventually(t, func() bool { return reader.lost.Load() == 1 }, wait, tick)
+	require.Equal(t, store.Completed, w.ended(t, e, id).Status)
+}
+
+// A run whose documents are not there ends, and so does one that is cancelled then.
+func TestARunThatCannotBeReadFails(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.lostPlans = true
+	e := w.joinedOn(w.store, nil)
+	id := uuid.Must(uuid.NewV7()).String()
+	results, err := w.store.Commit(t.Context(), []*store.Record{{RunID: id, Epoch: 1, Sequence: 1, Create: &store.Run{
+		ID: id, Action: "lost", Snapshot: "unknown", Status: store.Pending, Input: []byte("{}"), Owner: "nobody", Epoch: 1, CreatedAt: time.Now(),
+	}}})
+	require.NoError(t, err)
+	require.NoError(t, results[0])
+	got := w.ended(t, e, id)
+	require.Equal(t, store.Failed, got.Status)
+	require.Contains(t, got.Err.Message, "what the run began with is not there")
+	require.ErrorContains(t, e.Retry(t.Context(), id), "cannot be retried")
+}
+
+// A caller that goes away while nothing can be written leaves no run behind.
+func TestACallerThatGoesAwayTakesItsRunBack(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	gate := make(chan struct{})
+	stuck := &stuckStore{Store: w.store, gate: gate, stuck: make(chan struct{}, 8)}
+	j := store.NewJournal(stuck, store.JournalOptions{})
+	e := engine.New(engine.Options{Journal: j, Store: w.store, Plans: w, Dispatcher: w, Clock: fastClock{}, Logger: slog.New(slog.DiscardHandler), Owner: "me"})
+	t.Cleanup(func() {
+		e.Close(t.Context())
+		require.NoError(t, j.Close())
+	})
+	req := w.request(`actions: [{call_service: {service: svc, operation: echo, input: {v: 1}}}]`, nil)
+	first := make(chan error, 1)
+	go func() {
+		_, err := e.Start(t.Context(), req)
+		first <- err
+	}()
+	<-stuck.stuck // its record is on its way
+	ctx, cancel := context.WithCancel(t.Context())
+	second := make(chan error, 1)
+	go func() {
+		_, err := e.Start(ctx, req)
+		second <- err
+	}()
+	require.Eventually(t, func() bool { return e.Walking() == 2 }, wait, tick)
+	cancel()
+	require.ErrorIs(t, <-second, context.Canceled)
+	require.Eventually(t, func() bool { return e.Walking() == 1 }, wait, tick)
+	close(gate)
+	require.NoError(t, <-first)
+	e.Close(t.Context())
+	runs, err := w.store.Runs(t.Context(), store.RunFilter{})
+	require.NoError(t, err)
+	require.Len(t, runs, 1)
+}
+
+// stuckStore holds its commits back.
+type stuckStore struct {
+	store.Store
+	gate, stuck chan struct{}
+}
+
+func (s *stuckStore) Commit(ctx context.Context, records []*store.Record) ([]error, error) {
+	select {
+	case s.stuck <- struct{}{}:
+	default:
+	}
+	<-s.gate
+	return s.Store.Commit(ctx, records)
+}
+
+// What waits for a slot is given up as soon as draining begins, not when the last call has ended.
+func TestDrainingGivesTheBacklogUpAtOnce(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	release := make(chan struct{})
+	w.behave["hang"] = func(_ context.Context, c *engine.Call, _ map[string]any) *engine.Outcome {
+		<-release
+		return &engine.Outcome{Output: c.Job.Input}
+	}
+	e := w.joinedOn(w.store, func(o *engine.Options) { o.MaxRuns = 1 })
+	_, err := e.Start(t.Context(), w.request(`actions: [{call_service: {service: svc, operation: hang}}]`, nil))
+	require.NoError(t, err)
+	require.Equal(t, "hang", <-w.arrive)
+	waiting, err := e.Start(t.Context(), w.request(`actions: [{call_service: {service: svc, operation: echo}}]`, nil))
+	require.NoError(t, err)
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		e.Close(t.Context())
+	}()
+	require.Eventually(t, func() bool {
+		r, err := w.store.Run(t.Context(), waiting.ID)
+		return err == nil && r.Owner == ""
+	}, wait, tick)
+	close(release)
+	<-closed
 }
 
 // buried tells of the owners that register.

@@ -39,6 +39,9 @@ type run struct {
 	ctx  context.Context
 	stop context.CancelCauseFunc
 	gone chan struct{} // closed when the engine has forgotten the walk
+	// creation ends when nobody waits for the run to be created any more.
+	creation context.Context
+	withdraw context.CancelCauseFunc
 
 	mu     sync.Mutex
 	state  store.Run
@@ -112,6 +115,7 @@ func newRun(e *Engine, row *store.Run, p *plan.Plan) *run {
 		signalled: make(chan struct{}), gone: make(chan struct{}), moved: make(chan struct{}), live: 1, refused: map[*store.Job]bool{},
 	}
 	r.ctx, r.stop = context.WithCancelCause(withTrace(e.base, row.ID))
+	r.creation, r.withdraw = context.WithCancelCause(context.Background())
 	r.next = r.newBatch()
 	return r
 }
@@ -144,9 +148,16 @@ func (r *run) row() *store.Run {
 	return &out
 }
 
-// restore reads a run from the store; retry sets a failed one to running again.
+// errGone: a run that was to be resumed is not there any more.
+var errGone = errors.New("the run is gone")
+
+// restore reads a run from the store; retry sets a failed one to running again. A
+// *refusedError says that it can never be walked.
 func (r *run) restore(ctx context.Context, retry bool) error {
 	h, err := r.e.Store.History(ctx, r.id)
+	if errors.Is(err, store.ErrNotFound) {
+		return fmt.Errorf("%w: %w", errGone, err)
+	}
 	if err != nil {
 		return err
 	}
@@ -156,6 +167,7 @@ func (r *run) restore(ctx context.Context, retry bool) error {
 	if h.Run.Owner != r.e.owner() {
 		return store.ErrFenced
 	}
+	r.remember(h)
 	var admit *StartRequest
 	if h.Run.Status == store.Pending && h.Run.Snapshot == "" && r.e.Intake != nil {
 		if admit, err = r.admit(ctx, h.Run); err != nil {
@@ -163,46 +175,29 @@ func (r *run) restore(ctx context.Context, retry bool) error {
 		}
 	}
 	p, err := r.e.Plans.Plan(ctx, h.Run)
+	if f, ok := fault.As(err); ok && f.Code != fault.Unavailable {
+		return &refusedError{f}
+	}
+	if errors.Is(err, store.ErrNotFound) {
+		return &refusedError{fault.Wrap(err, fault.Internal, "what the run began with is not there: %v", err)}
+	}
 	if err != nil {
 		return fmt.Errorf("make the plan of run %s: %w", r.id, err)
 	}
 	input, err := decodeObject(h.Run.Input)
 	if err != nil {
-		return fmt.Errorf("read the input of run %s: %w", r.id, err)
+		return &refusedError{fault.Wrap(err, fault.Validation, "the input is no JSON object: %v", err)}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.plan, r.state, r.input = p, *h.Run, input
+	r.plan, r.input = p, input
 	if len(h.Run.EntityRow) > 0 {
 		if r.entityRow, err = decodeObject(h.Run.EntityRow); err != nil {
-			return fmt.Errorf("read the entity row of run %s: %w", r.id, err)
+			return &refusedError{fault.Wrap(err, fault.Internal, "the entity's row is no JSON object: %v", err)}
 		}
 	}
-	for _, j := range h.Jobs {
-		if old := r.jobs[j.StepPath]; old == nil || old.Generation <= j.Generation {
-			r.jobs[j.StepPath] = j
-		}
-		r.state.Sequence = max(r.state.Sequence, j.Sequence)
-	}
-	for _, s := range h.Steps {
-		if old := r.steps[s.StepPath]; old == nil || old.Generation <= s.Generation {
-			r.steps[s.StepPath] = s
-		}
-		r.state.Sequence = max(r.state.Sequence, s.Sequence)
-	}
-	known := map[int64]bool{}
-	for _, s := range h.Signals {
-		known[s.ID] = true
-	}
-	for _, s := range r.signals {
-		if !known[s.ID] {
-			h.Signals = append(h.Signals, s)
-		}
-	}
-	r.signals = h.Signals
-	// Log lines of the walk before may have had sequences above the last record's.
-	r.state.Sequence += 2 * store.MaxLogLines
-	r.next = r.newBatch()
+	r.state.Snapshot, r.state.Entity, r.state.EntityID = h.Run.Snapshot, h.Run.Entity, h.Run.EntityID
+	r.state.EntitySchema, r.state.EntityRow, r.state.Input = h.Run.EntitySchema, h.Run.EntityRow, h.Run.Input
 	now := r.e.Clock.Now()
 	switch {
 	case retry:
@@ -231,6 +226,41 @@ func (r *run) restore(ctx context.Context, retry bool) error {
 	return nil
 }
 
+// remember takes over what is recorded of the run.
+func (r *run) remember(h *store.History) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.state = *h.Run
+	for _, j := range h.Jobs {
+		if j.Generation > h.Run.Retries {
+			continue // no walk made it
+		}
+		if old := r.jobs[j.StepPath]; old == nil || old.Generation <= j.Generation {
+			r.jobs[j.StepPath] = j
+		}
+		r.state.Sequence = max(r.state.Sequence, j.Sequence)
+	}
+	for _, s := range h.Steps {
+		if old := r.steps[s.StepPath]; old == nil || old.Generation <= s.Generation {
+			r.steps[s.StepPath] = s
+		}
+		r.state.Sequence = max(r.state.Sequence, s.Sequence)
+	}
+	known := map[int64]bool{}
+	for _, s := range h.Signals {
+		known[s.ID] = true
+	}
+	for _, s := range r.signals {
+		if !known[s.ID] {
+			h.Signals = append(h.Signals, s)
+		}
+	}
+	r.signals = h.Signals
+	// Log lines of the walk before may have had sequences above the last record's.
+	r.state.Sequence += 2 * store.MaxLogLines
+	r.next = r.newBatch()
+}
+
 // refusedError says why a run that a client inserted by SQL cannot begin.
 type refusedError struct{ err *fault.Error }
 
@@ -247,10 +277,6 @@ func (r *run) admit(ctx context.Context, row *store.Run) (*StartRequest, error) 
 		_, _, err = payloads(req, row)
 	}
 	if f, ok := fault.As(err); ok && f.Code == fault.Validation {
-		r.mu.Lock()
-		r.state = *row
-		r.next = r.newBatch()
-		r.mu.Unlock()
 		return nil, &refusedError{f}
 	}
 	return req, err
@@ -262,6 +288,12 @@ func (r *run) refuse(err *fault.Error) {
 	r.note(func(rec *store.Record) { rec.Run = &store.RunChange{StartedAt: r.e.Clock.Now()} })
 	r.conclude(err)
 }
+
+// errTakenBack: nobody waits for a run that has not begun.
+var errTakenBack = errors.New("the caller went away before the run was durable")
+
+// takeBack ends a walk of which nothing is on its way to the disk.
+func (r *run) takeBack() { r.withdraw(errTakenBack) }
 
 // lose lets go of the run: it is another owner's by now.
 func (r *run) lose(owner string) {
@@ -431,7 +463,13 @@ func refusedForGood(err error) bool {
 func (r *run) append(b *batch) error {
 	// The journal decides how long to go on trying; the walk's end does not undo a write.
 	ctx := context.WithoutCancel(r.ctx)
+	if b.rec.Create != nil {
+		ctx = r.creation // a caller who goes away takes back what still waits
+	}
 	err := r.e.Journal.Append(ctx, b.rec)
+	if err != nil && ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return errTakenBack
+	}
 	if !refusedForGood(err) || b.rec.UpdateRow == nil {
 		return err
 	}
@@ -706,7 +744,7 @@ func (r *run) handedBack(err error) bool {
 		return false
 	}
 	_, dup := errors.AsType[*store.DuplicateError](lost)
-	if dup || errors.Is(lost, store.ErrFenced) || errors.Is(lost, store.ErrClosed) || refusedForGood(lost) {
+	if dup || errors.Is(lost, errTakenBack) || errors.Is(lost, store.ErrFenced) || errors.Is(lost, store.ErrClosed) || refusedForGood(lost) {
 		return true
 	}
 	r.e.Logger.Error("a run's record could not be written; the run is taken up again", "run_id", r.id, "error", lost)

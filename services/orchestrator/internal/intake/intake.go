@@ -60,7 +60,7 @@ type NotFoundError struct {
 
 // Error implements error.
 func (e *NotFoundError) Error() string {
-	msg := fmt.Sprintf("there is no %s %q", e.Kind, e.Name)
+	msg := fmt.Sprintf("there is no %s %.255q", e.Kind, e.Name)
 	if e.Mend != "" {
 		msg += "; " + e.Mend
 	}
@@ -274,10 +274,10 @@ func (in *Intake) PrepareJob(ctx context.Context, j *store.Job) (*engine.StartRe
 func find(reg *spec.Registry, service, operation string) *fault.Error {
 	s := reg.Service(service)
 	if s == nil {
-		return fault.New(fault.Validation, "there is no service %q; %s", service, candidates(service, "services", reg.ServiceNames()))
+		return fault.New(fault.Validation, "there is no service %.255q; %s", service, candidates(service, "services", reg.ServiceNames()))
 	}
 	if s.Operation(operation) == nil {
-		return fault.New(fault.Validation, "service %s has no operation %q; %s", s.Name, operation, candidates(operation, "operations", s.OperationNames()))
+		return fault.New(fault.Validation, "service %s has no operation %.255q; %s", s.Name, operation, candidates(operation, "operations", s.OperationNames()))
 	}
 	return nil
 }

@@ -193,14 +193,14 @@ func (r *Registry) snapshot(ctx context.Context, digest string) (*Snapshot, erro
 	}
 	var d Documents
 	if err := json.Unmarshal(content, &d); err != nil {
-		return nil, fmt.Errorf("the stored registry %.12s is damaged: %w", digest, err)
+		return nil, fault.Wrap(err, fault.Internal, "the stored registry %.12s is damaged: %v", digest, err)
 	}
 	s, problems, err := Build(ctx, d, BuildOptions{})
 	if err != nil {
 		return nil, err
 	}
 	if s == nil {
-		return nil, fmt.Errorf("the stored registry %.12s is not valid any more: %w", digest, problems.Err())
+		return nil, fault.Wrap(problems.Err(), fault.Internal, "the stored registry %.12s is not valid any more: %v", digest, problems.Err())
 	}
 	s.Digest = digest
 	r.mu.Lock()
@@ -291,7 +291,7 @@ func (r *Registry) Plan(ctx context.Context, run *store.Run) (*plan.Plan, error)
 	}
 	var d workflowDocuments
 	if err := json.Unmarshal(content, &d); err != nil {
-		return nil, fmt.Errorf("the stored workflow %.12s is damaged: %w", run.Snapshot, err)
+		return nil, fault.Wrap(err, fault.Internal, "the stored workflow %.12s is damaged: %v", run.Snapshot, err)
 	}
 	base, err := r.snapshot(ctx, d.Base)
 	if err != nil {
@@ -299,7 +299,7 @@ func (r *Registry) Plan(ctx context.Context, run *store.Run) (*plan.Plan, error)
 	}
 	p, problems := compileWorkflow(d.Workflow.Content, base.Registry)
 	if p == nil {
-		return nil, fmt.Errorf("the stored workflow %.12s is not valid any more: %w", run.Snapshot, problems.Err())
+		return nil, fault.Wrap(problems.Err(), fault.Internal, "the stored workflow %.12s is not valid any more: %v", run.Snapshot, problems.Err())
 	}
 	r.keepWorkflow(&Workflow{Digest: run.Snapshot, Plan: p, content: content, kept: true})
 	return p, nil

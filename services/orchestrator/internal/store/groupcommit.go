@@ -43,8 +43,15 @@ type Journal struct {
 	wake   chan struct{} // one token: something waits
 	closed chan struct{}
 	done   chan struct{}
+	// hastened is closed once what waits is to be given up soon.
+	hastened chan struct{}
+	hasten   sync.Once
+	// gaveUp says that a batch was given up since.
+	gaveUp bool
 
-	mu    sync.Mutex
+	mu sync.Mutex
+	// busy is how many entries wait to be tried again, because of somebody's lock.
+	busy  int
 	queue []*entry
 	lines []*LogLine
 	// room is closed, and made anew, whenever lines were taken.
@@ -59,6 +66,8 @@ type entry struct {
 	done   chan error
 	// inFlight is set, under the journal's lock, when the entry leaves the queue.
 	inFlight bool
+	// locked counts the tries that met somebody's lock. The entry has no place of its own then.
+	locked int
 }
 
 // NewJournal starts a journal on a store. Close ends it; the store stays open.
@@ -86,6 +95,8 @@ func NewJournal(st Store, o JournalOptions) *Journal {
 		closed: make(chan struct{}),
 		done:   make(chan struct{}),
 		room:   make(chan struct{}),
+
+		hastened: make(chan struct{}),
 	}
 	go j.run()
 	return j
@@ -186,6 +197,9 @@ func (j *Journal) AppendLogs(ctx context.Context, lines []*LogLine) error {
 	return nil
 }
 
+// Hasten bounds how often what waits is tried, from now on, also while the database is away.
+func (j *Journal) Hasten() { j.hasten.Do(func() { close(j.hastened) }) }
+
 // Close refuses what comes from now on, writes what waits, and returns when that is done.
 func (j *Journal) Close() error {
 	j.mu.Lock()
@@ -215,9 +229,16 @@ func (j *Journal) run() {
 				continue
 			case <-j.closed:
 			}
-			// Nothing is added once the journal is closed.
+			// Nothing is added once the journal is closed, but what met a lock comes back.
 			if lines, batch = j.take(); len(lines) == 0 && len(batch) == 0 {
-				return
+				j.mu.Lock()
+				busy := j.busy
+				j.mu.Unlock()
+				if busy == 0 {
+					return
+				}
+				<-j.wake
+				continue
 			}
 		}
 		j.writeLines(lines)
@@ -243,7 +264,9 @@ func (j *Journal) take() ([]*LogLine, []*entry) {
 			break
 		}
 		j.queue[n].inFlight = true
-		<-j.places
+		if j.queue[n].locked == 0 {
+			<-j.places
+		}
 		n++
 	}
 	batch := slices.Clone(j.queue[:n])
@@ -300,11 +323,39 @@ func (j *Journal) commit(batch []*entry) {
 			continue
 		case err != nil:
 			e.done <- err
+		case errors.Is(results[i], ErrBusy) && j.again(e):
 		default:
 			e.done <- results[i]
 		}
 		i++
 	}
+}
+
+// again puts a record that met somebody's lock behind the others, after a pause. It is false
+// where there is no more time for that.
+func (j *Journal) again(e *entry) bool {
+	e.locked++
+	if j.ending() && e.locked >= j.o.Tries {
+		return false
+	}
+	pause := min(100*time.Millisecond<<min(e.locked-1, 5), 2*time.Second)
+	if j.ending() {
+		pause = j.o.Backoff
+	}
+	j.mu.Lock()
+	j.busy++
+	j.mu.Unlock()
+	if e.locked == 10 {
+		j.o.Logger.Warn("another client of the database holds a lock that a run waits for", slog.String("run_id", e.record.RunID))
+	}
+	time.AfterFunc(pause, func() {
+		j.mu.Lock()
+		j.busy--
+		j.queue = append(j.queue, e)
+		j.mu.Unlock()
+		j.signal()
+	})
+	return true
 }
 
 // commitOnce commits the records. A connection that breaks during a commit leaves its outcome
@@ -359,8 +410,10 @@ func (j *Journal) try(what string, fn func(try int) error) error {
 		if err == nil || errors.Is(err, ErrClosed) {
 			return err
 		}
-		if !errors.Is(err, ErrUnavailable) || j.closing() {
-			if bounded++; bounded >= j.o.Tries {
+		if ending := j.ending(); !errors.Is(err, ErrUnavailable) || ending {
+			// At the end the first batch tries for all that follow.
+			if bounded++; bounded >= j.o.Tries || ending && j.gaveUp {
+				j.gaveUp = ending
 				return err
 			}
 		}
@@ -372,9 +425,12 @@ func (j *Journal) try(what string, fn func(try int) error) error {
 	}
 }
 
-func (j *Journal) closing() bool {
+// ending says whether what waits is to be given up soon.
+func (j *Journal) ending() bool {
 	select {
 	case <-j.closed:
+		return true
+	case <-j.hastened:
 		return true
 	default:
 		return false

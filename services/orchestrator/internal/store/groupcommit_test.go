@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -294,6 +295,64 @@ func TestJournalWaitsForTheDatabase(t *testing.T) {
 		}
 		require.ErrorIs(t, <-second, store.ErrUnavailable)
 		require.NoError(t, <-closed)
+	})
+}
+
+// A record that meets somebody's lock holds up no other, and is tried again.
+func TestJournalGoesPastALock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var locked atomic.Bool
+		locked.Store(true)
+		st := &gateStore{results: func(r *store.Record) error {
+			if r.RunID == "locked" && locked.Load() {
+				return fmt.Errorf("row of orders: %w", store.ErrBusy)
+			}
+			return nil
+		}}
+		j := store.NewJournal(st, store.JournalOptions{MaxQueue: 2})
+		held := appending(t.Context(), j, &store.Record{RunID: "locked", Sequence: 1})
+		for n := range int64(10) {
+			require.NoError(t, j.Append(t.Context(), record(n+2)))
+		}
+		<-time.After(time.Minute)
+		select {
+		case err := <-held:
+			require.Fail(t, "the lock was held", "%v", err)
+		default:
+		}
+		locked.Store(false)
+		require.NoError(t, <-held)
+
+		// At the end it is given up.
+		locked.Store(true)
+		held = appending(t.Context(), j, &store.Record{RunID: "locked", Sequence: 2})
+		closeJournal(t, j)
+		require.ErrorIs(t, <-held, store.ErrBusy)
+	})
+}
+
+// Whoever ends while the database is away does not wait for it.
+func TestJournalHastens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st := &gateStore{gate: make(chan error)}
+		j := store.NewJournal(st, store.JournalOptions{Tries: 3, MaxBatch: 1})
+		away := fmt.Errorf("connection refused: %w", store.ErrUnavailable)
+		var done []<-chan error
+		for n := range int64(5) {
+			done = append(done, appending(t.Context(), j, record(n+1)))
+		}
+		st.gate <- away
+		synctest.Wait()
+		j.Hasten()
+		go func() {
+			for range 3 + 4 { // the first tries for all
+				st.gate <- away
+			}
+		}()
+		for _, d := range done {
+			require.ErrorIs(t, <-d, store.ErrUnavailable)
+		}
+		closeJournal(t, j)
 	})
 }
 

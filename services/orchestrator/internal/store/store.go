@@ -43,6 +43,9 @@ var (
 	// ErrUnavailable: the database cannot be reached, or is starting or stopping. What was
 	// asked may succeed later; whether a commit took effect is not known.
 	ErrUnavailable = errors.New("the database is not available")
+	// ErrBusy: another client of the database holds a lock on what the record changes. Nothing
+	// was written; it may be later.
+	ErrBusy = errors.New("another client of the database holds a lock")
 	// ErrClosed: the store or the journal is closed.
 	ErrClosed = errors.New("closed")
 )
@@ -305,8 +308,8 @@ type RunFilter struct {
 // them early with nothing half done. Times are kept to the microsecond at least, in UTC.
 type Store interface {
 	// Commit writes records in one transaction, durably, in order. The result has an entry
-	// for each record: nil, or a *DuplicateError, ErrFenced, ErrState, ErrNotFound or ErrRefused
-	// (wrapped), or a *fault.Error where the entity's row breaks a rule of its table, in
+	// for each record: nil, or a *DuplicateError, ErrFenced, ErrState, ErrNotFound, ErrRefused
+	// or ErrBusy (wrapped), or a *fault.Error where the entity's row breaks a rule of its table, in
 	// which case nothing of that record was written. The second result is the failure of the
 	// whole transaction, of which then nothing was written as far as is known: with
 	// ErrUnavailable it may have been, which RunStates tells.
@@ -344,8 +347,12 @@ type Store interface {
 	Retire(ctx context.Context, owner string) error
 	// ClaimJobs returns at most limit pending jobs that a client inserted without a run,
 	// oldest first, and makes them owner's, so that no other registered owner gets them. They
-	// become part of a run as Adopted jobs of a record. An embedded store has none.
+	// become part of a run as Adopted jobs of a record. One that no run can take has Err set.
+	// An embedded store has none.
 	ClaimJobs(ctx context.Context, owner string, limit int) ([]*Job, error)
+	// Owned returns what owner has: the ids of its runs that have not ended, and the jobs that
+	// it claimed and that are part of no run yet. It tells what a claim gave whose answer was lost.
+	Owned(ctx context.Context, owner string) (runIDs []string, jobs []*Job, err error)
 	// Requests returns what was asked of an owner's runs.
 	Requests(ctx context.Context, owner string) (*Requests, error)
 	// Listen tells of what other clients of the database do, until ctx ends or for good, in

@@ -78,6 +78,23 @@ func (s *Store) ClaimJobs(ctx context.Context, _ string, _ int) ([]*store.Job, e
 	return nil, ctx.Err()
 }
 
+// Owned implements [store.Store].
+func (s *Store) Owned(ctx context.Context, owner string) ([]string, []*store.Job, error) {
+	end, err := s.read()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer end()
+	ids, err := query(ctx, s.readDB, func(row scanner) (id string, err error) {
+		err = row.Scan(&id)
+		return id, err
+	}, "SELECT id FROM jobs.tb_workflow_run WHERE owner = ? AND status IN ('pending', 'running') ORDER BY id", owner)
+	if err != nil {
+		return nil, nil, fmt.Errorf("runs of %s: %w", owner, err)
+	}
+	return ids, nil, nil
+}
+
 // Listen implements [store.Store].
 func (s *Store) Listen(ctx context.Context, _ func(store.Notice)) error {
 	select {
