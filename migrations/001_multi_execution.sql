@@ -11,10 +11,21 @@
 SET client_min_messages = warning;
 
 DO $$
+DECLARE
+    c record;
 BEGIN
     IF current_setting('server_version_num')::int < 140000 THEN
         RAISE EXCEPTION 'PostgreSQL % is too old: use 14 or later', current_setting('server_version');
     END IF;
+    -- A value cannot be added to a type and used in one transaction, and the type may be others' too.
+    FOR c IN SELECT a.atttypid::regtype AS type, w.state FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid AND t.typtype = 'e'
+        CROSS JOIN unnest('{pending,running,completed,failed,cancelled}'::text[]) AS w (state)
+        WHERE a.attrelid = to_regclass('jobs.tb_job_run') AND a.attname = 'status'
+          AND NOT EXISTS (SELECT FROM pg_enum e WHERE e.enumtypid = t.oid AND e.enumlabel = w.state)
+    LOOP
+        RAISE EXCEPTION 'jobs.tb_job_run.status is of the type %, which has no value %; nothing was changed', c.type, quote_literal(c.state)
+            USING HINT = format('ALTER TYPE %s ADD VALUE %L; and then run this again', c.type, c.state);
+    END LOOP;
     IF to_regnamespace('jobs') IS NULL THEN
         CREATE SCHEMA jobs;
     END IF;
@@ -80,6 +91,10 @@ CREATE UNIQUE INDEX IF NOT EXISTS ux_workflow_run_idempotency_key
     ON jobs.tb_workflow_run (coalesce(tenant_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX IF NOT EXISTS ix_workflow_run_active
     ON jobs.tb_workflow_run (owner, id) WHERE status IN ('pending', 'running');
+CREATE INDEX IF NOT EXISTS ix_workflow_run_entity
+    ON jobs.tb_workflow_run (entity, id) WHERE entity IS NOT NULL;
+CREATE INDEX IF NOT EXISTS ix_workflow_run_tenant
+    ON jobs.tb_workflow_run (tenant_id, id) WHERE tenant_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS ix_workflow_run_completed
     ON jobs.tb_workflow_run (completed_at) WHERE completed_at IS NOT NULL;
 
@@ -136,7 +151,8 @@ DECLARE
 BEGIN
     -- Keys that were unique stay so, the old rows among them. Old rows whose keys nobody kept apart are left
     -- out of the new index: by_sql is null there.
-    SELECT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = t AND i.indisunique AND i.indpred IS NULL
+    SELECT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = t AND i.indisunique AND i.indexprs IS NULL
+        AND (i.indpred IS NULL OR pg_get_expr(i.indpred, i.indrelid) = '(idempotency_key IS NOT NULL)')
         AND i.indkey::int2[] <@ (SELECT array_agg(a.attnum) FROM pg_attribute a WHERE a.attrelid = t AND a.attname IN ('idempotency_key', 'tenant_id'))
         AND (SELECT a.attnum FROM pg_attribute a WHERE a.attrelid = t AND a.attname = 'idempotency_key') = ANY (i.indkey::int2[]))
     INTO unique_keys;
@@ -249,6 +265,7 @@ BEGIN
     FOR c IN SELECT i.indexrelid::regclass AS index_name, k.conname AS constraint_name
         FROM pg_index i LEFT JOIN pg_constraint k ON k.conindid = i.indexrelid AND k.conrelid = t
         WHERE i.indrelid = t AND i.indisunique AND NOT i.indisprimary AND i.indexprs IS NULL
+          AND (i.indpred IS NULL OR pg_get_expr(i.indpred, i.indrelid) = '(idempotency_key IS NOT NULL)')
           AND (SELECT a.attnum FROM pg_attribute a WHERE a.attrelid = t AND a.attname = 'idempotency_key') = ANY (i.indkey::int2[])
           AND i.indkey::int2[] <@ (SELECT array_agg(a.attnum) FROM pg_attribute a WHERE a.attrelid = t AND a.attname IN ('idempotency_key', 'tenant_id'))
     LOOP
@@ -347,13 +364,16 @@ CREATE TABLE IF NOT EXISTS jobs.tb_execution_type (
     changed_at timestamptz NOT NULL DEFAULT now()
 );
 
--- Orchestrators that live, or have not been seen to be dead.
+-- Orchestrators that live, or have not been seen to be dead. One that was has buried_at, and begins nothing
+-- until it registers again.
 CREATE TABLE IF NOT EXISTS jobs.tb_orchestrator (
     id         text        NOT NULL PRIMARY KEY CHECK (id <> ''),
     beat       bigint      NOT NULL DEFAULT 0,
     started_at timestamptz NOT NULL DEFAULT now(),
-    seen_at    timestamptz NOT NULL DEFAULT now()
+    seen_at    timestamptz NOT NULL DEFAULT now(),
+    buried_at  timestamptz
 ) WITH (fillfactor = 50);
+ALTER TABLE jobs.tb_orchestrator ADD COLUMN IF NOT EXISTS buried_at timestamptz;
 
 CREATE TABLE IF NOT EXISTS jobs.tb_schema_version (
     version    integer     NOT NULL PRIMARY KEY,
@@ -420,12 +440,46 @@ BEGIN
 END
 $$;
 
+-- An old table's json holds what jsonb does not, such as \u0000: null then.
+CREATE OR REPLACE FUNCTION jobs.fn_jsonb(j json) RETURNS jsonb LANGUAGE plpgsql STABLE STRICT AS $$
+BEGIN
+    RETURN j::jsonb;
+EXCEPTION WHEN data_exception OR program_limit_exceeded THEN
+    RETURN NULL;
+END
+$$;
+
+-- What only an orchestrator writes is refused to whoever has not an orchestrator's rights: else the right to insert
+-- would be the right to end a step of a run of somebody else.
+CREATE OR REPLACE FUNCTION jobs.fn_refuse_insert() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = TG_ARGV[0];
+END
+$$;
+
+CREATE OR REPLACE TRIGGER tr_workflow_run_insert BEFORE INSERT ON jobs.tb_workflow_run FOR EACH ROW
+WHEN ((NEW.status <> 'pending' OR NEW.owner <> '' OR NEW.epoch <> 0 OR NEW.retries <> 0 OR NEW.sequence <> 0
+        OR NEW.snapshot IS NOT NULL OR NEW.entity_row IS NOT NULL)
+    AND NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+EXECUTE FUNCTION jobs.fn_refuse_insert('a client inserts pending runs: status, owner, epoch, retries, sequence, snapshot and entity_row are for orchestrators to set');
+
+CALL jobs.pr_patiently($sql$
+CREATE OR REPLACE TRIGGER tr_job_run_insert BEFORE INSERT ON jobs.tb_job_run FOR EACH ROW
+WHEN ((NEW.run_id IS NOT NULL OR NEW.step_path IS NOT NULL OR NEW.generation <> 0 OR NEW.sequence <> 0 OR NEW.by_sql IS FALSE)
+    AND NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+EXECUTE FUNCTION jobs.fn_refuse_insert('a client inserts jobs of no run: run_id, step_path, generation, sequence and by_sql are for orchestrators to set')
+$sql$);
+
 -- ---------------------------------------------------------------- the front door
 
 -- The functions of triggers run with the rights of the owner of the schema: whoever may insert into a table
--- needs no rights on what stands behind it.
+-- needs no rights on what stands behind it. So they see to it that it is their own table that calls them; the end of
+-- this file takes the right to attach them to another one away.
 CREATE OR REPLACE FUNCTION jobs.fn_enqueue_job() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF TG_TABLE_SCHEMA <> 'jobs' OR TG_TABLE_NAME <> 'tb_job_run' THEN
+        RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'this is the trigger of jobs.tb_job_run alone';
+    END IF;
     INSERT INTO jobs.tb_job_queue (job_id) VALUES (NEW.id) ON CONFLICT DO NOTHING;
     PERFORM pg_notify('specql_work', '');
     RETURN NULL;
@@ -440,6 +494,9 @@ $sql$);
 
 CREATE OR REPLACE FUNCTION jobs.fn_notify_work() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF TG_TABLE_SCHEMA <> 'jobs' OR TG_TABLE_NAME <> 'tb_workflow_run' THEN
+        RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'this is the trigger of jobs.tb_workflow_run alone';
+    END IF;
     PERFORM pg_notify('specql_work', '');
     RETURN NULL;
 END
@@ -453,6 +510,9 @@ EXECUTE FUNCTION jobs.fn_notify_work();
 CREATE OR REPLACE FUNCTION jobs.fn_delete_with_run() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 BEGIN
+    IF TG_TABLE_SCHEMA <> 'jobs' OR TG_TABLE_NAME <> 'tb_workflow_run' THEN
+        RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'this is the trigger of jobs.tb_workflow_run alone';
+    END IF;
     DELETE FROM jobs.tb_job_run d USING old_rows o WHERE d.run_id = o.id;
     DELETE FROM jobs.tb_job_log d USING old_rows o WHERE d.run_id = o.id;
     DELETE FROM jobs.tb_job_log_count d USING old_rows o WHERE d.run_id = o.id;
@@ -519,6 +579,11 @@ CREATE TABLE IF NOT EXISTS jobs.tb_job_stat (
 -- fn_number is a number in a JSON object; null where there is none, or something else.
 CREATE OR REPLACE FUNCTION jobs.fn_number(object jsonb, key text) RETURNS double precision LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT CASE jsonb_typeof(object -> key) WHEN 'number' THEN (object ->> key)::double precision END
+$$;
+
+-- fn_finite is a time; null where it is infinite, with which nothing can be counted.
+CREATE OR REPLACE FUNCTION jobs.fn_finite(at timestamptz) RETURNS timestamptz LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT CASE WHEN isfinite(at) THEN at END
 $$;
 
 -- fn_stat_time is the minute of a recent time, the hour of one some days ago, else the day.
@@ -599,10 +664,11 @@ BEGIN
                     jobs.fn_number(usage, ''cpu_seconds'') AS cpu, jobs.fn_number(usage, ''cpu_usage_percent'') AS percent,
                     jobs.fn_number(usage, ''memory_mb'') AS memory, jobs.fn_number(usage, ''peak_memory_mb'') AS peak,
                     jobs.fn_number(usage, ''duration_seconds'') AS span, jobs.fn_number(usage, ''cost_usd'') AS cost
-                FROM (SELECT sign, attempts, created_at::timestamptz AS born_at,
-                        CASE WHEN status IN (''completed'', ''failed'', ''cancelled'') THEN coalesce(completed_at, updated_at)::timestamptz END AS died_at,
-                        resource_usage AS usage, coalesce(duration_seconds, extract(epoch FROM completed_at - started_at)::double precision) AS duration,
-                        extract(epoch FROM started_at - created_at)::double precision AS wait,
+                FROM (SELECT sign, attempts, jobs.fn_finite(created_at::timestamptz) AS born_at,
+                        CASE WHEN status IN (''completed'', ''failed'', ''cancelled'') THEN jobs.fn_finite(coalesce(completed_at, updated_at)::timestamptz) END AS died_at,
+                        resource_usage AS usage, coalesce(duration_seconds, extract(epoch FROM jobs.fn_finite(completed_at::timestamptz)
+                            - jobs.fn_finite(started_at::timestamptz))::double precision) AS duration,
+                        extract(epoch FROM jobs.fn_finite(started_at::timestamptz) - jobs.fn_finite(created_at::timestamptz))::double precision AS wait,
                         execution_type, service_name, operation, security_context ->> ''runner'' AS runner, status::text AS status
                     FROM %s AS rows
                     WHERE run_id IS NULL OR status IN (''completed'', ''failed'', ''cancelled'')) AS row_figures) AS figures
@@ -611,6 +677,9 @@ BEGIN
 
     f := 'CREATE OR REPLACE FUNCTION jobs.%s() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f$
         BEGIN
+            IF TG_TABLE_SCHEMA <> ''jobs'' OR TG_TABLE_NAME <> ''tb_job_run'' THEN
+                RAISE EXCEPTION USING ERRCODE = ''42501'', MESSAGE = ''this is the trigger of jobs.tb_job_run alone'';
+            END IF;
             %s;
             RETURN NULL;
         END $f$';
@@ -666,6 +735,9 @@ $sql$);
 
 CREATE OR REPLACE FUNCTION jobs.fn_stat_truncate() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF TG_TABLE_SCHEMA <> 'jobs' OR TG_TABLE_NAME <> 'tb_job_run' THEN
+        RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'this is the trigger of jobs.tb_job_run alone';
+    END IF;
     DELETE FROM jobs.tb_job_stat;
     RETURN NULL;
 END
@@ -682,26 +754,43 @@ $sql$);
 -- Two functions look where an index leads. They are functions for the sake of their settings: a planner without
 -- statistics would scan every job, and compile what takes milliseconds. OFFSET 0 has jobs looked up by run.
 
+-- fn_may_read fails for a role that may read none of the views that the two functions are for: they read with the rights of
+-- the schema's owner, so that the right to read a view is enough. The role is the one that SET ROLE has set, else the one that logged in.
+CREATE OR REPLACE FUNCTION jobs.fn_may_read() RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    caller name := coalesce(nullif(current_setting('role'), 'none'), session_user);
+BEGIN
+    IF EXISTS (SELECT FROM pg_catalog.pg_class k JOIN pg_catalog.pg_namespace n ON n.oid = k.relnamespace
+        WHERE n.nspname = 'jobs' AND k.relname IN ('v_job_queue_health', 'v_execution_performance_by_type', 'v_runner_failure_patterns')
+          AND has_any_column_privilege(caller, k.oid, 'SELECT'))
+    THEN
+        RETURN true;
+    END IF;
+    RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = format('%s may not read the views of the schema jobs', caller),
+        HINT = format('GRANT SELECT ON jobs.v_job_queue_health, jobs.v_execution_performance_by_type, jobs.v_runner_failure_patterns TO %I', caller);
+END
+$$;
+
 -- Jobs that have not ended: those of runs that have not, and those that clients inserted.
 CREATE OR REPLACE FUNCTION jobs.fn_active_jobs() RETURNS TABLE (
     id uuid, run_id uuid, execution_type text, status text, created_at timestamptz, started_at timestamptz,
     next_attempt_at timestamptz, timeout_seconds double precision, max_attempts integer)
-LANGUAGE sql STABLE ROWS 100 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
-    SELECT j.id, j.run_id, j.execution_type, j.status::text, j.created_at::timestamptz, j.started_at::timestamptz,
+LANGUAGE sql STABLE ROWS 100 SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
+    SELECT j.id, j.run_id, j.execution_type, j.status::text, jobs.fn_finite(j.created_at::timestamptz), jobs.fn_finite(j.started_at::timestamptz),
            j.next_attempt_at, j.timeout_seconds::double precision, j.max_attempts::integer
     FROM jobs.tb_workflow_run r CROSS JOIN LATERAL (SELECT * FROM jobs.tb_job_run o WHERE o.run_id = r.id OFFSET 0) j
-    WHERE r.status IN ('pending', 'running') AND j.status IN ('pending', 'running')
+    WHERE r.status IN ('pending', 'running') AND j.status IN ('pending', 'running') AND (SELECT jobs.fn_may_read())
     UNION ALL
-    SELECT j.id, j.run_id, j.execution_type, j.status::text, j.created_at::timestamptz, j.started_at::timestamptz,
+    SELECT j.id, j.run_id, j.execution_type, j.status::text, jobs.fn_finite(j.created_at::timestamptz), jobs.fn_finite(j.started_at::timestamptz),
            j.next_attempt_at, j.timeout_seconds::double precision, j.max_attempts::integer
     FROM jobs.tb_job_queue q JOIN jobs.tb_job_run j ON j.id = q.job_id
-    WHERE j.run_id IS NULL AND j.status IN ('pending', 'running')
+    WHERE j.run_id IS NULL AND j.status IN ('pending', 'running') AND (SELECT jobs.fn_may_read())
 $$;
 
 CREATE OR REPLACE FUNCTION jobs.fn_failures() RETURNS TABLE (
     execution_type text, service_name text, operation text, error_code text, failures bigint, affected_runs bigint,
     avg_attempts double precision, first_seen_at timestamptz, last_seen_at timestamptz, last_error_message text)
-LANGUAGE sql STABLE ROWS 100 SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE sql STABLE ROWS 100 SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
     SELECT f.execution_type, f.service_name, f.operation, f.error_code, f.failures, f.affected_runs, f.avg_attempts,
            f.first_seen_at, f.last_seen_at, (SELECT j.error_message FROM jobs.tb_job_run j WHERE j.id = f.last_id)
     FROM (SELECT j.execution_type, j.service_name, j.operation, j.error_code,
@@ -712,7 +801,7 @@ LANGUAGE sql STABLE ROWS 100 SET enable_seqscan = off SET jit = off AS $$
               max(coalesce(j.completed_at, j.updated_at))::timestamptz AS last_seen_at,
               (array_agg(j.id ORDER BY coalesce(j.completed_at, j.updated_at) DESC, j.id DESC))[1] AS last_id
           FROM jobs.tb_job_run j
-          WHERE j.status = 'failed' AND j.error_code IS NOT NULL
+          WHERE j.status = 'failed' AND j.error_code IS NOT NULL AND (SELECT jobs.fn_may_read())
           GROUP BY j.execution_type, j.service_name, j.operation, j.error_code) f
 $$;
 
@@ -891,15 +980,79 @@ BEGIN
 END
 $$;
 
+-- fn_enqueue_pending queues the pending jobs of no run that are not in the queue, such as those that were there before
+-- or that were restored past the triggers, and returns how many there were.
+CREATE OR REPLACE FUNCTION jobs.fn_enqueue_pending() RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    n bigint;
+BEGIN
+    INSERT INTO jobs.tb_job_queue (job_id)
+    SELECT j.id FROM jobs.tb_job_run j WHERE j.status = 'pending' AND j.run_id IS NULL
+      AND NOT EXISTS (SELECT FROM jobs.tb_job_queue q WHERE q.job_id = j.id) ORDER BY j.created_at, j.id
+    ON CONFLICT DO NOTHING;
+    GET DIAGNOSTICS n = ROW_COUNT;
+    IF n > 0 THEN
+        PERFORM pg_notify('specql_work', '');
+    END IF;
+    RETURN n;
+END
+$$;
+
 DO $$
 BEGIN
-    IF EXISTS (SELECT FROM jobs.tb_schema_version WHERE version = 1) THEN
-        RETURN;
-    END IF;
-    INSERT INTO jobs.tb_job_queue (job_id)
-    SELECT id FROM jobs.tb_job_run WHERE status = 'pending' AND run_id IS NULL ORDER BY created_at, id
-    ON CONFLICT DO NOTHING;
-    PERFORM pg_notify('specql_work', '');
+    PERFORM jobs.fn_enqueue_pending();
+END
+$$;
+
+-- What nobody can work with is refused to everybody. Rows that are there already are not looked at.
+DO $$
+DECLARE
+    c record;
+    parts text[];
+    tables text[] := '{tb_workflow_run,tb_job_run}';
+    t text;
+BEGIN
+    FOREACH t IN ARRAY tables LOOP
+        parts := '{}';
+        FOR c IN
+            SELECT 'ck_' || substr(t, 4) || '_' || a.attname AS name,
+                CASE WHEN a.atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)
+                        THEN format('%I BETWEEN %L AND %L', a.attname, '0001-01-01', '9999-12-31')
+                    WHEN a.attname IN ('epoch', 'sequence') THEN format('%I BETWEEN 0 AND 9007199254740992', a.attname)
+                    WHEN a.attname IN ('attempts', 'max_attempts', 'generation', 'retries', 'error_attempts')
+                        THEN format('%I BETWEEN 0 AND 1000000', a.attname)
+                    WHEN a.attname IN ('service_name', 'operation', 'execution_type', 'entity', 'action', 'entity_schema', 'owner')
+                        THEN format('octet_length(%I) <= 1000', a.attname)
+                    ELSE format('octet_length(%I) <= 10000', a.attname) END AS rule
+            FROM pg_attribute a WHERE a.attrelid = ('jobs.' || t)::regclass AND a.attnum > 0 AND NOT a.attisdropped
+              AND (a.atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)
+                  OR a.attname IN ('epoch', 'sequence', 'attempts', 'max_attempts', 'generation', 'retries', 'error_attempts')
+                  OR a.atttypid IN ('text'::regtype, 'varchar'::regtype) AND a.attname IN ('service_name', 'operation', 'execution_type', 'entity', 'action',
+                      'entity_schema', 'owner', 'entity_id', 'correlation_id', 'entity_type', 'entity_pk', 'triggered_by', 'tenant_id', 'snapshot', 'error_code'))
+            ORDER BY a.attnum
+        LOOP
+            IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = ('jobs.' || t)::regclass AND conname = c.name) THEN
+                parts := parts || format('ADD CONSTRAINT %I CHECK (%s) NOT VALID', c.name, c.rule);
+            END IF;
+        END LOOP;
+        IF cardinality(parts) > 0 THEN
+            CALL jobs.pr_patiently(format('ALTER TABLE jobs.%I %s', t, array_to_string(parts, ', ')));
+        END IF;
+    END LOOP;
+END
+$$;
+
+-- Whoever may call a function that runs with its owner's rights may also make it a trigger of a table of his own.
+DO $$
+DECLARE
+    c record;
+BEGIN
+    FOR c IN SELECT p.oid::regprocedure AS name FROM pg_proc p
+        WHERE p.pronamespace = 'jobs'::regnamespace AND p.prosecdef AND p.prorettype = 'trigger'::regtype AND p.proname ~ '^fn_'
+          AND has_function_privilege('public', p.oid, 'EXECUTE')
+    LOOP
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', c.name);
+    END LOOP;
 END
 $$;
 

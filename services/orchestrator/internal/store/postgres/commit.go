@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -31,7 +32,7 @@ func (s *Store) Commit(ctx context.Context, records []*store.Record) ([]error, e
 	var err error
 	for range commitTries {
 		clear(rowIDs)
-		err = s.with(ctx, func(bounded context.Context, c *pgx.Conn) error {
+		err = s.within(ctx, s.writers, func(bounded context.Context, c *pgx.Conn) error {
 			// From here on the outcome has to be known, whatever the caller's context says.
 			within, cancel := context.WithTimeout(context.WithoutCancel(bounded), s.timeout)
 			defer cancel()
@@ -65,13 +66,22 @@ func (s *Store) Commit(ctx context.Context, records []*store.Record) ([]error, e
 	return results, nil
 }
 
+// Locks of other clients are waited for this long by a batch of records, then by each of them; once some have waited
+// in vain, the others of the batch do so for the shortest time alone.
+const (
+	batchLockTimeout  = 500 * time.Millisecond
+	recordLockTimeout = 100 * time.Millisecond
+	leastLockTimeout  = 2 * time.Millisecond
+	patientRecords    = 10
+)
+
 // findLosers says whether to look for records that cannot be written, after all of them could not. Words that the
 // server does not know are a record's fault only where it names columns of an entity.
 func (s *Store) findLosers(err error, records []*store.Record) bool {
-	if !ofRecord(err) {
+	if !ofRecord(err) && !isLocked(err) {
 		return false
 	}
-	if e, ok := ofServer(err); ok && e.Code[:2] == "42" {
+	if e, ok := ofServer(err); ok && strings.HasPrefix(e.Code, "42") {
 		s.forgetTables()
 		return slices.ContainsFunc(records, func(r *store.Record) bool { return r.InsertRow != nil || r.UpdateRow != nil })
 	}
@@ -117,6 +127,10 @@ func (s *Store) commitEach(ctx context.Context, c *pgx.Conn, records []*store.Re
 		return err
 	}
 	defer func() { _ = tx.Rollback(ctx) }() // after a commit it does nothing
+	if err := setLockTimeout(ctx, c, recordLockTimeout); err != nil {
+		return err
+	}
+	waited := 0
 	for i, r := range records {
 		ofRow, err := s.commitOne(ctx, c, r, rowIDs)
 		if err == nil {
@@ -136,8 +150,21 @@ func (s *Store) commitEach(ctx context.Context, c *pgx.Conn, records []*store.Re
 			return err
 		}
 		results[i] = fmt.Errorf("run %s: %w", r.RunID, reason)
+		if errors.Is(reason, store.ErrBusy) {
+			if waited++; waited == patientRecords {
+				if err := setLockTimeout(ctx, c, leastLockTimeout); err != nil {
+					return err
+				}
+			}
+		}
 	}
 	return tx.Commit(ctx)
+}
+
+// setLockTimeout bounds, until the end of the transaction, how long a statement waits for a lock.
+func setLockTimeout(ctx context.Context, c *pgx.Conn, d time.Duration) error {
+	_, err := c.Exec(ctx, fmt.Sprintf("SET LOCAL lock_timeout = %d", d.Milliseconds()), pgx.QueryExecModeSimpleProtocol)
+	return err
 }
 
 // commitOne writes one record behind a savepoint. Its entity's row comes last and apart, so that what is
@@ -276,6 +303,9 @@ func waves[T any](items []T, key func(T) string) [][]T {
 	return out
 }
 
+// notBuried fails where one of the owners was buried. A run that is created while its owner is being buried was created before.
+const notBuried = "SELECT jobs.fn_expect(count(*), 0, 'buried') FROM jobs.tb_orchestrator WHERE id = ANY ($1) AND buried_at IS NOT NULL"
+
 // queueRuns adds the fences, with what the records change in their runs. Several records of one run become
 // one change where only one of them says more than its sequence.
 func (s *Store) queueRuns(b *pgx.Batch, records []*store.Record) {
@@ -300,6 +330,9 @@ func (s *Store) queueRuns(b *pgx.Batch, records []*store.Record) {
 		changes = append(changes, c)
 	}
 	if len(creates) > 0 {
+		owners := gather(creates, func(r *store.Record) string { return r.Create.Owner })
+		slices.Sort(owners)
+		b.Queue(notBuried, slices.Compact(owners))
 		b.Queue(s.sql.createRuns, arguments(runColumns, creates)...)
 	}
 	for _, wave := range waves(changes, func(c *change) string { return c.record.RunID }) {
@@ -337,7 +370,11 @@ func explain(ctx context.Context, q pgx.Tx, r *store.Record, ofRow bool, err err
 	if !ok {
 		return nil, err
 	}
-	if ofRow && e.Code != codeExpect {
+	if isLocked(err) {
+		return fmt.Errorf("%w: %w", store.ErrBusy, err), nil
+	}
+	// The table's own triggers may raise any code, those of the schema jobs too.
+	if ofRow && (e.Code != codeExpect || r.UpdateRow == nil || !strings.HasPrefix(e.Message, "row:")) {
 		row := r.InsertRow
 		if row == nil || r.UpdateRow != nil && e.TableName == r.UpdateRow.Entity {
 			row = r.UpdateRow
@@ -371,6 +408,8 @@ func explain(ctx context.Context, q pgx.Tx, r *store.Record, ofRow bool, err err
 // explainCount says which row a statement did not find as it had to be.
 func explainCount(ctx context.Context, q pgx.Tx, r *store.Record, e *pgconn.PgError) (reason, failed error) {
 	switch what, _, _ := strings.Cut(e.Message, ":"); what {
+	case "buried":
+		return fmt.Errorf("%w: its owner %s was taken for dead", store.ErrFenced, r.Create.Owner), nil
 	case "fence":
 		epoch, err := one(ctx, q, pgx.RowTo[int64], "SELECT epoch FROM jobs.tb_workflow_run WHERE id = $1", uuidValue(r.RunID))
 		if errors.Is(err, store.ErrNotFound) {

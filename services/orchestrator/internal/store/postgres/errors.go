@@ -44,6 +44,15 @@ func invalid(err error) error { return &recordError{err} }
 
 func invalidf(format string, args ...any) error { return invalid(fmt.Errorf(format, args...)) }
 
+// raised reports whether a trigger or a function raised an error by itself, with whatever code it liked.
+func raised(e *pgconn.PgError) bool { return e.Routine == "exec_stmt_raise" }
+
+// isLocked reports whether the server waited in vain for a lock that another client holds.
+func isLocked(err error) bool {
+	e, ok := ofServer(err)
+	return ok && e.Code == codeLockTimeout && !raised(e)
+}
+
 // ofServer finds what the server said.
 func ofServer(err error) (*pgconn.PgError, bool) { return errors.AsType[*pgconn.PgError](err) }
 
@@ -51,6 +60,9 @@ func ofServer(err error) (*pgconn.PgError, bool) { return errors.AsType[*pgconn.
 // starting or stopping, has no room, or others were in the way.
 func unavailable(err error) bool {
 	if e, ok := ofServer(err); ok {
+		if raised(e) {
+			return false
+		}
 		switch e.Code {
 		case codeSerialize, codeDeadlock, codeLockTimeout, codeCancelled, codeReadOnly, "58030", "25P03", "25P04":
 			return true
@@ -87,24 +99,14 @@ func (s *Store) outcome(ctx context.Context, err error) error {
 	return err
 }
 
-// ofRecord reports whether the server refused what a record holds, rather than to work at all.
+// ofRecord reports whether the server refused what a record holds, rather than to work at all. What a trigger of
+// an entity's table may raise is any code there is.
 func ofRecord(err error) bool {
 	if _, ok := errors.AsType[*recordError](err); ok {
 		return true
 	}
-	e, ok := ofServer(err)
-	if !ok || unavailable(err) {
-		return false
-	}
-	switch e.Code {
-	case codeState, codeExpect:
-		return true
-	}
-	switch e.Code[:min(2, len(e.Code))] {
-	case "21", "22", "23", "42", "44", "54", "P0":
-		return true
-	}
-	return false
+	_, ok := ofServer(err)
+	return ok && !unavailable(err)
 }
 
 // asRowError words the refusal of an entity's row for the person who wrote the workflow.

@@ -3,7 +3,6 @@ package postgres
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -41,7 +40,7 @@ func report[T any](ctx context.Context, s *Store, what string, dest func(*T, *mo
 const scans = `SET LOCAL enable_seqscan = on; SET LOCAL enable_hashjoin = on; SET LOCAL enable_mergejoin = on`
 
 // moments are the times of a row of a report.
-type moments struct{ first, last *time.Time }
+type moments struct{ first, last moment }
 
 // Performance implements [store.Insight].
 func (s *Store) Performance(ctx context.Context, executionType string) ([]*store.Performance, error) {

@@ -26,7 +26,7 @@ type Options struct {
 	// URL is the address, as libpq takes it: postgres://user@host/database?sslmode=verify-full,
 	// or key=value pairs. What it leaves out comes from the PG… variables of the environment.
 	URL string
-	// MaxConnections bounds the connections, one for notices not counted; 16.
+	// MaxConnections bounds the connections, one for notices and three for commits and heartbeats not counted; 16.
 	MaxConnections int
 	// Timeout bounds every statement, so that a server that hangs does not hang the caller; 30 s.
 	Timeout time.Duration
@@ -45,9 +45,11 @@ type Store struct {
 	timeout     time.Duration
 	maxLogLines int64
 	pool        *pgxpool.Pool
-	sql         *statements
-	closed      chan struct{}
-	close       sync.Once
+	// writers are the connections of commits and heartbeats, which no reader can take away.
+	writers *pgxpool.Pool
+	sql     *statements
+	closed  chan struct{}
+	close   sync.Once
 
 	mu     sync.RWMutex
 	tables map[string]*table // columns of entity tables, by quoted name
@@ -85,8 +87,13 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	if s.pool, err = pgxpool.NewWithConfig(ctx, config); err != nil {
 		return nil, fmt.Errorf("open the database: %w", err)
 	}
+	if s.writers, err = pgxpool.NewWithConfig(ctx, writerConfig(config)); err != nil {
+		s.pool.Close()
+		return nil, fmt.Errorf("open the database: %w", err)
+	}
 	defer func() {
 		if err != nil {
+			s.writers.Close()
 			s.pool.Close()
 			err = fmt.Errorf("open the database: %w", err)
 		}
@@ -102,6 +109,8 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 const (
 	defaultTimeout        = 30 * time.Second
 	defaultMaxConnections = 16
+	// writerConnections are one for the journal, one for the heartbeat, and one while another is made anew.
+	writerConnections = 3
 )
 
 // settings of every connection. The store's statements go by an index, each of them; a planner
@@ -142,6 +151,22 @@ func poolConfig(o Options) (*pgxpool.Config, error) {
 	return config, nil
 }
 
+// writerConfig is the configuration of the connections of commits and heartbeats, made of the others'. A lock that another
+// client holds must not stop the records of all runs.
+func writerConfig(of *pgxpool.Config) *pgxpool.Config {
+	config := of.Copy()
+	config.MaxConns = writerConnections
+	prepare := config.AfterConnect
+	config.AfterConnect = func(ctx context.Context, c *pgx.Conn) error {
+		if err := prepare(ctx, c); err != nil {
+			return err
+		}
+		_, err := c.Exec(ctx, fmt.Sprintf("SET lock_timeout = %d", batchLockTimeout.Milliseconds()), pgx.QueryExecModeSimpleProtocol)
+		return err
+	}
+	return config
+}
+
 // configure sets what all connections share, the one for notices too.
 func configure(c *pgx.ConnConfig) {
 	c.DialFunc = dial
@@ -158,6 +183,7 @@ func (s *Store) Close() error {
 	s.close.Do(func() {
 		close(s.closed)
 		s.pool.Close()
+		s.writers.Close()
 	})
 	return nil
 }
@@ -165,6 +191,11 @@ func (s *Store) Close() error {
 // with runs fn with a connection, within the bound of time. What comes back says whether the
 // database is to blame, or the caller's context.
 func (s *Store) with(ctx context.Context, fn func(ctx context.Context, c *pgx.Conn) error) error {
+	return s.within(ctx, s.pool, fn)
+}
+
+// within is with, on a connection of the pool that is given.
+func (s *Store) within(ctx context.Context, pool *pgxpool.Pool, fn func(ctx context.Context, c *pgx.Conn) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -175,7 +206,7 @@ func (s *Store) with(ctx context.Context, fn func(ctx context.Context, c *pgx.Co
 	}
 	bounded, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
-	err := s.pool.AcquireFunc(bounded, func(c *pgxpool.Conn) error { return fn(bounded, c.Conn()) })
+	err := pool.AcquireFunc(bounded, func(c *pgxpool.Conn) error { return fn(bounded, c.Conn()) })
 	return s.outcome(ctx, err)
 }
 

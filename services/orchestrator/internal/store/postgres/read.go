@@ -28,7 +28,7 @@ const (
 func scanRun(row pgx.CollectableRow) (*store.Run, error) {
 	r := &store.Run{}
 	var e errColumns
-	var created, started, completed *time.Time
+	var created, started, completed moment
 	err := row.Scan(&r.ID, &r.Entity, &r.Action, &r.EntitySchema, &r.EntityID,
 		&r.Status, &r.Owner, &r.Epoch, &r.Retries, &r.Sequence, &r.CancelRequested, &r.CancelReason, &r.Snapshot,
 		&r.IdempotencyKey, &r.CorrelationID, &r.TenantID, &r.Subject,
@@ -44,15 +44,20 @@ func scanRun(row pgx.CollectableRow) (*store.Run, error) {
 // jsonOf is where a jsonb column is read into, as the server wrote it.
 func jsonOf(j *json.RawMessage) *[]byte { return (*[]byte)(j) }
 
-func scanJob(row pgx.CollectableRow) (*store.Job, error) {
+func scanJob(row pgx.CollectableRow) (*store.Job, error) { return scanJobAnd(row) }
+
+// scanJobAnd reads a job and what stands behind its columns.
+func scanJobAnd(row pgx.CollectableRow, rest ...any) (*store.Job, error) {
 	j := &store.Job{}
 	var e errColumns
 	var timeout float64
-	var next, created, started, completed *time.Time
-	err := row.Scan(&j.ID, &j.IdempotencyKey, &j.RunID, &j.StepPath, &j.Generation, &j.Service, &j.Operation, &j.ExecutionType,
+	var next, created, started, completed moment
+	err := row.Scan(append([]any{
+		&j.ID, &j.IdempotencyKey, &j.RunID, &j.StepPath, &j.Generation, &j.Service, &j.Operation, &j.ExecutionType,
 		&j.Status, &j.Attempts, &j.MaxAttempts, &next, &timeout, &j.Sequence, &e.code, &e.message, &e.retryable, &e.attempts,
 		&j.TenantID, &j.TriggeredBy, &j.CorrelationID, &j.EntityType, &j.EntityPK, &created, &started, &completed,
-		jsonOf(&j.ResourceUsage), jsonOf(&j.SecurityContext), jsonOf(&j.RunnerConfig), jsonOf(&j.Output), jsonOf(&j.Input))
+		jsonOf(&j.ResourceUsage), jsonOf(&j.SecurityContext), jsonOf(&j.RunnerConfig), jsonOf(&j.Output), jsonOf(&j.Input),
+	}, rest...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -133,7 +138,7 @@ func (s *Store) History(ctx context.Context, id string) (*store.History, error) 
 func scanStep(row pgx.CollectableRow) (*store.Step, error) {
 	st := &store.Step{}
 	var e errColumns
-	var until, started, completed *time.Time
+	var until, started, completed moment
 	err := row.Scan(&st.RunID, &st.StepPath, &st.Generation, &st.Kind, &st.Status, &st.Name, &until, &st.Sequence,
 		&e.code, &e.message, &e.retryable, &e.attempts, &started, &completed, jsonOf(&st.Data))
 	if err != nil {
@@ -147,8 +152,9 @@ const signalColumns = "s.id, s.run_id::text, s.name, coalesce(s.taken_by, ''), s
 
 func scanSignal(row pgx.CollectableRow) (*store.Signal, error) {
 	sig := &store.Signal{}
-	err := row.Scan(&sig.ID, &sig.RunID, &sig.Name, &sig.TakenBy, &sig.CreatedAt, jsonOf(&sig.Payload))
-	sig.CreatedAt = sig.CreatedAt.UTC()
+	var created moment
+	err := row.Scan(&sig.ID, &sig.RunID, &sig.Name, &sig.TakenBy, &created, jsonOf(&sig.Payload))
+	sig.CreatedAt = utc(created)
 	return sig, err
 }
 

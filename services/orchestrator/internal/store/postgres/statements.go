@@ -132,8 +132,9 @@ type change struct {
 // have of its own.
 type statements struct {
 	types map[string]string
-	// jobColumns is what a read of jobs selects, from j with its run r.
-	jobColumns string
+	// jobColumns is what a read of jobs selects, from j with its run r; queuedColumns, of jobs that wait for a run, leave out
+	// what their clients may have written beside the input, and end with the input's length.
+	jobColumns, queuedColumns string
 
 	createRuns, touchRuns, changeRuns, retryRuns string
 	insertJobs, insertNewJobs, adoptJobs         string
@@ -307,7 +308,10 @@ func isInteger(kind string) bool { return kind == "integer" || kind == "bigint" 
 
 func newStatements(types map[string]string) *statements {
 	s := &statements{types: types}
-	s.jobColumns = s.readJob()
+	s.jobColumns = s.readJob("j.resource_usage", "j.security_context", "j.runner_config", s.readJSON("output_data"), s.readJSON("input_data"))
+	s.queuedColumns = s.readJob("NULL::jsonb", "NULL::jsonb", "NULL::jsonb", "NULL::jsonb",
+		fmt.Sprintf("CASE WHEN octet_length(j.input_data::text) <= %d THEN %s END", maxInput, s.readJSON("input_data")),
+		"coalesce(octet_length(j.input_data::text), 0)::bigint")
 
 	s.createRuns = insert("jobs.tb_workflow_run", runColumns, func(c column[*store.Record]) string {
 		if c.name == "created_at" {
@@ -376,8 +380,17 @@ func insert[T any](table string, columns []column[T], value func(column[T]) stri
 	return "INSERT INTO " + table + " (" + strings.Join(names, ", ") + ") SELECT " + strings.Join(values, ", ") + " FROM " + source(columns)
 }
 
+// readJSON reads a column as jsonb; one of an old table's json that jsonb does not hold is null.
+func (s *statements) readJSON(name string) string {
+	if s.types[name] == "json" {
+		return "jobs.fn_jsonb(j." + name + ")"
+	}
+	return "j." + name
+}
+
 // readJob selects the columns of a job j and its run r. Where the job's own column cannot hold the text, the run has it.
-func (s *statements) readJob() string {
+// The payloads are read as it is given.
+func (s *statements) readJob(payloads ...string) string {
 	text := func(name, run string) string {
 		if run != "" {
 			return fmt.Sprintf("coalesce(j.%s::text, %s, '')", name, run)
@@ -390,7 +403,7 @@ func (s *statements) readJob() string {
 		}
 		return text(name, run)
 	}
-	return strings.Join([]string{
+	return strings.Join(append([]string{
 		"j.id::text", text("idempotency_key", ""), text("run_id", ""), text("step_path", ""), "j.generation",
 		"j.service_name::text", "j.operation::text", "j.execution_type::text", "j.status::text",
 		"coalesce(j.attempts, 0)", "coalesce(j.max_attempts, 0)", "j.next_attempt_at", "coalesce(j.timeout_seconds, 0)::double precision", "j.sequence",
@@ -398,6 +411,5 @@ func (s *statements) readJob() string {
 		text("tenant_id", "r.tenant_id"), text("triggered_by", "r.triggered_by"), lossy("correlation_id", "r.correlation_id"),
 		lossy("entity_type", "r.entity"), lossy("entity_pk", "r.entity_id"),
 		"j.created_at::timestamptz", "j.started_at::timestamptz", "j.completed_at::timestamptz",
-		"j.resource_usage", "j.security_context", "j.runner_config", "j.output_data::jsonb", "j.input_data::jsonb",
-	}, ", ")
+	}, payloads...), ", ")
 }

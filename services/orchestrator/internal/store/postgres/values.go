@@ -65,12 +65,15 @@ func nullJSON(j json.RawMessage) []byte {
 	return j
 }
 
-// utc reads a time that may be null.
-func utc(t *time.Time) time.Time {
-	if t == nil {
-		return time.Time{}
+// moment is a time as it is read, which may be null.
+type moment = pgtype.Timestamptz
+
+// utc is the time that was read; zero where it is null, or none that the rest of the world can write: infinity, or beyond the years 1 to 9999.
+func utc(m moment) time.Time {
+	if t := m.Time.UTC(); m.Valid && m.InfinityModifier == pgtype.Finite && t.Year() >= 1 && t.Year() <= 9999 {
+		return t
 	}
-	return t.UTC()
+	return time.Time{}
 }
 
 // errColumns are the four columns of an error, as they are read.
