@@ -173,8 +173,11 @@ func (s *Store) commitOne(ctx context.Context, c *pgx.Conn, r *store.Record, row
 	if err := check(r); err != nil {
 		return false, err
 	}
+	// Apart from the rest, which may have to be prepared first, and wait for a lock on a table then.
+	if _, err := c.Exec(ctx, "SAVEPOINT record"); err != nil {
+		return false, err
+	}
 	b := &pgx.Batch{}
-	b.Queue("SAVEPOINT record")
 	s.queue(b, []*store.Record{r})
 	if r.InsertRow == nil && r.UpdateRow == nil {
 		b.Queue("RELEASE SAVEPOINT record")
