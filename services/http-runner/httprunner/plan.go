@@ -64,7 +64,7 @@ func keyOf(s *runner.Service, o *runner.Operation, baseFromEnv string) planKey {
 
 // planFor gives the plan of a call, from the cache where the same was asked for before.
 func (r *Runner) planFor(s *runner.Service, o *runner.Operation) (*plan, *fault.Error) {
-	fromEnv := os.Getenv(baseURLVariable(s.Name))
+	fromEnv := os.Getenv(BaseURLVariable(s.Name))
 	key := keyOf(s, o, fromEnv)
 	if p, ok := r.plans.get(key); ok {
 		return p, nil
@@ -144,7 +144,7 @@ func (r *Runner) newPlan(s *runner.Service, o *runner.Operation, fromEnv string)
 func (p *plan) setBase(service, baseURL, fromEnv string) *fault.Error {
 	where := "runner_config.base_url"
 	if baseURL == "" {
-		where, baseURL = baseURLVariable(service), fromEnv
+		where, baseURL = BaseURLVariable(service), fromEnv
 		if baseURL == "" {
 			return fault.New(fault.Validation, "the service %s has no base_url, and %s is not set where the runner starts; set one of them", service, where)
 		}

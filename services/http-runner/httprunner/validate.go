@@ -75,8 +75,8 @@ func concerns(list []runner.Problem, paths ...string) bool {
 	})
 }
 
-// baseURLVariable is the variable that holds the base URL of a service without one.
-func baseURLVariable(service string) string {
+// BaseURLVariable is the variable that holds the base URL of a service without one.
+func BaseURLVariable(service string) string {
 	name := strings.Map(func(c rune) rune {
 		switch {
 		case c >= 'a' && c <= 'z':
@@ -91,7 +91,7 @@ func baseURLVariable(service string) string {
 
 func (p *problems) checkConfig(service string, c *Config) {
 	if c.BaseURL == "" {
-		variable := baseURLVariable(service)
+		variable := BaseURLVariable(service)
 		if value := os.Getenv(variable); value == "" {
 			p.warn("runner_config.base_url", "set base_url, or "+variable+" where the runner starts", "there is no base_url, and %s is not set in the runner's environment", variable)
 		}

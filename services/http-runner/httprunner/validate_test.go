@@ -114,7 +114,7 @@ func TestValidate(t *testing.T) {
 
 func TestBaseURLVariable(t *testing.T) {
 	t.Parallel()
-	require.Empty(t, cmp.Diff("SPECQL_MY_API_2_B_CHER_BASE_URL", baseURLVariable("my-api.2 bücher")))
+	require.Empty(t, cmp.Diff("SPECQL_MY_API_2_B_CHER_BASE_URL", BaseURLVariable("my-api.2 bücher")))
 }
 
 func FuzzPlan(f *testing.F) {
