@@ -304,7 +304,7 @@ func TestChaos(t *testing.T) {
 	// What died is not kept for ever, nor is what was taken up.
 	var queued, known int
 	require.Eventually(t, func() bool {
-		err := m.db.QueryRow(t.Context(), "SELECT (SELECT count(*) FROM jobs.tb_job_queue), (SELECT count(*) FROM jobs.tb_orchestrator)").Scan(&queued, &known)
+		err := m.db.QueryRow(t.Context(), "SELECT (SELECT count(*) FROM jobs.tb_job_queue), (SELECT count(*) FROM jobs.tb_orchestrator WHERE buried_at IS NULL)").Scan(&queued, &known)
 		return err == nil && queued == 0 && known == s.orchestrators
 	}, patience, 50*time.Millisecond, "seed %d: the database knows the orchestrators that live, and no call that was taken up", seed)
 	for _, n := range m.nodes() {

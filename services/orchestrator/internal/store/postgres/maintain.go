@@ -13,8 +13,8 @@ import (
 // maintainLock is the advisory lock of the one who maintains.
 const maintainLock = 7271450120553
 
-// buriedFor is how long a buried orchestrator is remembered, in days: one that slept for longer is like a new one.
-const buriedFor = 30
+// buriedFor is how long a buried orchestrator is remembered: one that sleeps for longer learns of it from its heartbeat alone.
+const buriedFor = 24 * time.Hour
 
 // pruneBatch is how many runs, or jobs of none, one transaction deletes at most.
 const pruneBatch = 500
@@ -84,6 +84,6 @@ func tidy(ctx context.Context, tx pgx.Tx) error {
 	if err != nil {
 		return err
 	}
-	_, err = tx.Exec(ctx, "DELETE FROM jobs.tb_orchestrator WHERE buried_at < now() - make_interval(days => $1)", buriedFor)
+	_, err = tx.Exec(ctx, "DELETE FROM jobs.tb_orchestrator WHERE buried_at < now() - make_interval(secs => $1)", buriedFor.Seconds())
 	return err
 }

@@ -62,9 +62,20 @@ func (s *suite) testFrontDoor(t *testing.T, st store.Store) {
 	require.JSONEq(t, `{"n": 1}`, string(got[0].Input))
 	require.Len(t, claim("orchestrator-b", 10), 1, "what is claimed is the claimer's")
 	require.Empty(t, claim(owner, 10))
+	owned := func() (ids []string) {
+		t.Helper()
+		_, jobs, err := st.Owned(ctx, owner)
+		require.NoError(t, err)
+		for _, j := range jobs {
+			ids = append(ids, j.ID)
+		}
+		return ids
+	}
+	require.Equal(t, []string{first, second}, owned(), "an answer that was lost can be asked for again")
 
 	r := adopt(got[0], owner)
 	commit(t, st, r)
+	require.Equal(t, []string{second}, owned())
 	h := history(t, st, r.RunID)
 	require.Len(t, h.Jobs, 1)
 	want := *r.NewJobs[0]

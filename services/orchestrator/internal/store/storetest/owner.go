@@ -137,3 +137,25 @@ func testSignals(t *testing.T, st store.Store) {
 		require.ErrorIs(t, st.AddSignal(ctx, &store.Signal{RunID: run.ID, Name: "go"}), store.ErrState)
 	}
 }
+
+func testOwned(t *testing.T, st store.Store) {
+	var want []string
+	for _, status := range []store.Status{store.Pending, store.Running} {
+		run := newRun()
+		run.Status = status
+		commit(t, st, create(run))
+		want = append(want, run.ID)
+	}
+	foreign := newRun()
+	foreign.Owner = "orchestrator-b"
+	commit(t, st, create(foreign))
+	ended(t, st, store.Completed)
+	runs, jobs, err := st.Owned(t.Context(), owner)
+	require.NoError(t, err)
+	require.ElementsMatch(t, want, runs)
+	require.Empty(t, jobs)
+	runs, jobs, err = st.Owned(t.Context(), "nobody")
+	require.NoError(t, err)
+	require.Empty(t, runs)
+	require.Empty(t, jobs)
+}

@@ -77,6 +77,7 @@ func Run(t *testing.T, open func(*testing.T) store.Store, options ...Option) {
 		{"Runs", testRuns},
 		{"Claim", testClaim},
 		{"ClaimRun", testClaimRun},
+		{"Owned", testOwned},
 		{"RequestCancel", testRequestCancel},
 		{"Signals", testSignals},
 		{"Logs", testLogs},
