@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/runner/cgroup"
 	"github.com/specql/mesh/pkg/runner/runnertest"
 	"github.com/specql/mesh/services/shell-runner/internal/sandbox"
@@ -183,7 +184,8 @@ func (a *arena) call(h hostile, dir string) call {
 		h.with(&p)
 	}
 	return call{
-		Config: Config{WorkingDirectory: dir}, Policy: p, Operation: Operation{Command: []string{program, attackArgument, h.attack}},
+		// Under the race detector a program sleeps for a second before it ends, if nothing says otherwise.
+		Config: Config{WorkingDirectory: dir, Environment: map[string]runner.Scalar{"GORACE": "atexit_sleep_ms=0"}}, Policy: p, Operation: Operation{Command: []string{program, attackArgument, h.attack}},
 		Input: a.target,
 	}
 }
