@@ -39,6 +39,9 @@ var (
 	link  = regexp.MustCompile(`\]\(([^)#:]+)(#[^)]*)?\)`)
 	code  = regexp.MustCompile("(?s)```.*?```|`[^`]*`")
 	fence = regexp.MustCompile("(?s)```yaml\n(.*?)```")
+	// comments stand before what a block is; registry begins one.
+	comments = regexp.MustCompile(`^(#.*\n)+`)
+	registry = regexp.MustCompile(`^(services|development|production):`)
 )
 
 func TestLinksLeadSomewhere(t *testing.T) {
@@ -58,8 +61,9 @@ func TestDocumentedYAMLIsValid(t *testing.T) {
 			block := m[1]
 			file := spec.File{Name: path, Content: []byte(block)}
 			var problems spec.Problems
+			begins := comments.ReplaceAllString(block, "")
 			switch {
-			case strings.HasPrefix(block, "services:"):
+			case registry.MatchString(begins):
 				name := filepath.Join(t.TempDir(), "registry.yaml")
 				require.NoError(t, os.WriteFile(name, file.Content, 0o600))
 				for _, env := range []string{"", "development"} {
@@ -69,9 +73,9 @@ func TestDocumentedYAMLIsValid(t *testing.T) {
 						break
 					}
 				}
-			case strings.HasPrefix(block, "entity:"):
+			case strings.HasPrefix(begins, "entity:"):
 				_, problems = spec.ParseEntity(file, spec.Options{})
-			case strings.HasPrefix(block, "- "):
+			case strings.HasPrefix(begins, "- "):
 				// Steps alone; those that stand empty in them show where others go.
 				file.Content = []byte("actions:\n" + regexp.MustCompile(`(then|else|do|branches): \[\]`).ReplaceAllString(block, "$1: [{wait: {seconds: 1}}]"))
 				_, problems = spec.ParseWorkflow(file, spec.Options{})
