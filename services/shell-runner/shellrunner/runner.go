@@ -107,7 +107,7 @@ func New(o Options) (*Runner, error) {
 		return nil, err
 	}
 	r.noNet, r.noLoop = r.box.networkMissing()
-	if err := r.require(o.RequireIsolation); err != nil {
+	if err := runner.Require(r.features(), o.RequireIsolation); err != nil {
 		r.box.close()
 		return nil, err
 	}
@@ -187,35 +187,6 @@ func (r *Runner) features() []runner.Feature {
 	}
 	return features
 }
-
-// require fails where a way of holding jobs is missing that the operator insists on.
-func (r *Runner) require(names []string) error {
-	features := r.features()
-	var missing []string
-	for _, name := range names {
-		known := name == requireAll
-		for _, f := range features {
-			known = known || f.Name == name
-			if (name == requireAll || f.Name == name) && !f.Available {
-				missing = append(missing, f.Name+" ("+f.Detail+")")
-			}
-		}
-		if !known {
-			var all []string
-			for _, f := range features {
-				all = append(all, f.Name)
-			}
-			return fmt.Errorf("--require-isolation: %q is not known; write all, or some of %s", name, strings.Join(all, ", "))
-		}
-	}
-	if len(missing) > 0 {
-		return fmt.Errorf("--require-isolation: this machine lacks %s", strings.Join(missing, "; "))
-	}
-	return nil
-}
-
-// requireAll stands for every way of holding a job.
-const requireAll = "all"
 
 // The names of what holds a job, besides those of the sandbox.
 const (
