@@ -4,8 +4,8 @@
 --     specql migrate-schema --database URL                            (the same statements)
 --
 -- The file may run as often as one likes: what is there stays. It makes an empty database ready, and it
--- upgrades an HTTP-only jobs.tb_job_run in place: every row stays, and others may write to the table
--- meanwhile. Each statement is a transaction of its own, so that no lock is held for longer than one of
+-- upgrades one of any earlier version, as well as an HTTP-only jobs.tb_job_run, in place: every row stays, and
+-- others may write to the tables meanwhile. So this is the whole schema, and there is no second file. Each statement is a transaction of its own, so that no lock is held for longer than one of
 -- them. It needs the right to create in the database, or an existing schema jobs that the role owns.
 
 SET client_min_messages = warning;
@@ -1061,6 +1061,10 @@ BEGIN
     IF NOT EXISTS (SELECT FROM jobs.tb_schema_version WHERE version = 1) THEN
         PERFORM jobs.fn_stat_recount();
     END IF;
-    INSERT INTO jobs.tb_schema_version (version, name) VALUES (1, '001_multi_execution') ON CONFLICT DO NOTHING;
 END
 $$;
+
+-- The versions that a database now has: every change to this file is one more. This statement is the last.
+INSERT INTO jobs.tb_schema_version (version, name) VALUES
+    (1, '001_multi_execution')
+ON CONFLICT DO NOTHING;

@@ -1,50 +1,55 @@
-// Package migrations holds the SQL that makes a PostgreSQL database ready, as plain files for psql too.
+// Package migrations holds the SQL that makes a PostgreSQL database ready, as one plain file for psql too.
 package migrations
 
 import (
-	"embed"
+	_ "embed"
 	"errors"
 	"fmt"
-	"io/fs"
+	"regexp"
 	"strconv"
 	"strings"
 )
 
-//go:embed *.sql
-var files embed.FS
+// SQL is the whole schema: it makes an empty database ready, and upgrades one of any earlier version.
+//
+//go:embed 001_multi_execution.sql
+var SQL string
 
-// File is one migration. Versions count from 1 without a gap, and each file may be applied more than once.
-type File struct {
-	// Version is the number that the name begins with, and Name the name without its ending.
-	Version int
-	Name    string
-	SQL     string
+// Version is one change to the schema that databases remember.
+type Version struct {
+	// Number counts from 1 without a gap.
+	Number int
+	Name   string
 }
 
-// Files returns the migrations in their order.
-func Files() ([]File, error) {
-	entries, err := fs.ReadDir(files, ".")
-	if err != nil {
-		return nil, err
+var (
+	versionList = regexp.MustCompile(`(?s)INSERT INTO jobs\.tb_schema_version \(version, name\) VALUES\n(.*?)\nON CONFLICT DO NOTHING;\s*$`)
+	versionLine = regexp.MustCompile(`^    \((\d+), '(\d{3}_[a-z0-9_]+)'\),?$`)
+)
+
+// Versions returns what the list at the end of SQL holds, in its order.
+func Versions() ([]Version, error) {
+	list := versionList.FindStringSubmatch(SQL)
+	if list == nil {
+		return nil, errors.New("the schema does not end with the list of its versions")
 	}
-	var all []File
-	for _, e := range entries {
-		number, _, _ := strings.Cut(e.Name(), "_")
-		version, err := strconv.Atoi(number)
-		if err != nil || version != len(all)+1 {
-			return nil, fmt.Errorf("migration %s: want number %03d", e.Name(), len(all)+1)
+	var all []Version
+	for line := range strings.SplitSeq(list[1], "\n") {
+		m := versionLine.FindStringSubmatch(line)
+		if m == nil {
+			return nil, fmt.Errorf("versions of the schema: %q is no (number, 'name')", line)
 		}
-		text, err := fs.ReadFile(files, e.Name())
-		if err != nil {
-			return nil, err
+		number, err := strconv.Atoi(m[1])
+		if want := len(all) + 1; err != nil || number != want || !strings.HasPrefix(m[2], fmt.Sprintf("%03d_", want)) {
+			return nil, fmt.Errorf("versions of the schema: %q: want the number %d and a name that begins with %03d_", line, want, want)
 		}
-		all = append(all, File{Version: version, Name: strings.TrimSuffix(e.Name(), ".sql"), SQL: string(text)})
+		all = append(all, Version{Number: number, Name: m[2]})
 	}
 	return all, nil
 }
 
-// Statements splits a file into its statements, so that each can be a transaction of its own. It knows the
-// quotes and comments of PostgreSQL; commands of psql (\set and the like) have no place in these files.
+// Statements splits a text into its statements, so that each can be a transaction of its own. It knows the
+// quotes and comments of PostgreSQL; commands of psql (\set and the like) have no place in it.
 func Statements(text string) ([]string, error) {
 	var all []string
 	begin, blank := 0, true

@@ -1,6 +1,8 @@
 package migrations_test
 
 import (
+	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -9,20 +11,35 @@ import (
 	"github.com/specql/mesh/migrations"
 )
 
-func TestFiles(t *testing.T) {
+func TestSchema(t *testing.T) {
 	t.Parallel()
-	files, err := migrations.Files()
+	statements, err := migrations.Statements(migrations.SQL)
 	require.NoError(t, err)
-	require.NotEmpty(t, files)
-	require.Equal(t, "001_multi_execution", files[0].Name)
-	for _, f := range files {
-		statements, err := migrations.Statements(f.SQL)
-		require.NoError(t, err, f.Name)
-		require.Greater(t, len(statements), 1, f.Name)
-		for _, s := range statements {
-			require.NotContains(t, s, "\n\\", "no commands of psql")
+	require.Greater(t, len(statements), 1)
+	defined := map[string]bool{}
+	for _, s := range statements {
+		require.NotContains(t, s, "\n\\", "no commands of psql")
+		// A second definition would be taken back for a moment whenever the file is run on a database in use.
+		if m := definition.FindStringSubmatch(s); m != nil {
+			require.False(t, defined[m[1]], "%s is defined twice: change its one definition", m[1])
+			defined[m[1]] = true
 		}
 	}
+	require.NotEmpty(t, defined)
+	versions, err := migrations.Versions()
+	require.NoError(t, err)
+	require.Equal(t, migrations.Version{Number: 1, Name: "001_multi_execution"}, versions[0])
+}
+
+var definition = regexp.MustCompile(`(?m)^CREATE (?:OR REPLACE )?(?:VIEW|FUNCTION|PROCEDURE|TRIGGER|TABLE)(?: IF NOT EXISTS)? ((?:jobs\.)?\w+(?: (?:BEFORE|AFTER) [A-Z ]+ ON [\w.]+)?)`)
+
+// TestOneFile: psql -f 001_multi_execution.sql is all that a database needs, so there is no second file.
+func TestOneFile(t *testing.T) {
+	t.Parallel()
+	files, err := filepath.Glob("*.sql")
+	require.NoError(t, err)
+	require.Equal(t, []string{"001_multi_execution.sql"}, files,
+		"a change to the schema goes into 001_multi_execution.sql, which a database of any earlier version must bear (CONTRIBUTING.md, Changes to the schema)")
 }
 
 func TestStatements(t *testing.T) {

@@ -428,11 +428,7 @@ func TestForeignKeys(t *testing.T) {
 // mesh makes the tables of the mesh.
 func mesh(t *testing.T, url string) {
 	t.Helper()
-	files, err := migrations.Files()
-	require.NoError(t, err)
-	for _, f := range files {
-		psql(t, url, f.SQL)
-	}
+	psql(t, url, migrations.SQL)
 }
 
 func TestFunctionsBeginRunsInTheCallersTransaction(t *testing.T) {

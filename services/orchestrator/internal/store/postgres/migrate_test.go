@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
 
+	"github.com/specql/mesh/migrations"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 	"github.com/specql/mesh/test/pgtest"
 )
@@ -70,7 +71,7 @@ func TestLegacyTables(t *testing.T) {
 			before := c.Psql(t, url, legacyDigest)
 			applied, err := Migrate(t.Context(), Options{URL: url})
 			require.NoError(t, err)
-			require.Len(t, applied, 1)
+			require.Equal(t, versions(t), applied)
 			require.Equal(t, before, c.Psql(t, url, legacyDigest), "every row is as it was")
 			require.Equal(t, "http|500", c.Psql(t, url, "SELECT execution_type, count(*) FROM jobs.tb_job_run GROUP BY 1"))
 			problems, err := Validate(t.Context(), Options{URL: url})
@@ -165,12 +166,12 @@ func TestLegacyKeysThatRepeat(t *testing.T) {
 
 // TestMigrateByPsql: the file does by psql what the command does, as often as one likes.
 func TestMigrateByPsql(t *testing.T) {
-	text, err := os.ReadFile(filepath.Join("..", "..", "..", "..", "..", "migrations", "001_multi_execution.sql"))
-	require.NoError(t, err)
 	c := pgtest.Shared(t)
-	for name, url := range map[string]string{"empty": pgtest.Database(t), "legacy": makeLegacy(t, "plain", 100, "'key-' || n"), "migrated": ready(t)} {
+	first := pgtest.Database(t)
+	c.Psql(t, first, firstVersion(t))
+	for name, url := range map[string]string{"empty": pgtest.Database(t), "legacy": makeLegacy(t, "plain", 100, "'key-' || n"), "migrated": ready(t), "version 1": first} {
 		for range 2 {
-			c.Psql(t, url, string(text))
+			c.Psql(t, url, migrations.SQL)
 			problems, err := Validate(t.Context(), Options{URL: url})
 			require.NoError(t, err)
 			require.Empty(t, problems, name)
@@ -180,6 +181,41 @@ func TestMigrateByPsql(t *testing.T) {
 		require.Empty(t, applied, name)
 		openAt(t, url)
 	}
+}
+
+// firstVersion is the schema as its version 1 was.
+func firstVersion(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("testdata", "version_1.sql"))
+	require.NoError(t, err)
+	return string(text)
+}
+
+// TestMigrateFromTheFirstVersion: a database of version 1 becomes what an empty one becomes, and keeps its rows.
+func TestMigrateFromTheFirstVersion(t *testing.T) {
+	c := pgtest.Shared(t)
+	url := pgtest.Database(t)
+	c.Psql(t, url, firstVersion(t))
+	c.Psql(t, url, `INSERT INTO jobs.tb_job_run (service_name, operation) SELECT 'stripe_api', 'charge' FROM generate_series(1, 10)`)
+	before := c.Psql(t, url, legacyDigest)
+	applied, err := Migrate(t.Context(), Options{URL: url})
+	require.NoError(t, err)
+	require.Equal(t, append([]string{}, versions(t)[1:]...), append([]string{}, applied...))
+	require.Equal(t, before, c.Psql(t, url, legacyDigest))
+	problems, err := Validate(t.Context(), Options{URL: url})
+	require.NoError(t, err)
+	require.Empty(t, problems)
+	const shape = `SELECT string_agg(line, E'\n' ORDER BY line) FROM (
+		SELECT 'column ' || k.relname || '.' || a.attname || ' ' || format_type(a.atttypid, a.atttypmod) || CASE WHEN a.attnotnull THEN ' not null' ELSE '' END AS line
+			FROM pg_attribute a JOIN pg_class k ON k.oid = a.attrelid WHERE k.relnamespace = 'jobs'::regnamespace AND k.relkind IN ('r', 'p', 'v') AND a.attnum > 0 AND NOT a.attisdropped
+		UNION ALL SELECT 'index ' || indexdef FROM pg_indexes WHERE schemaname = 'jobs'
+		UNION ALL SELECT 'trigger ' || pg_get_triggerdef(t.oid) FROM pg_trigger t JOIN pg_class k ON k.oid = t.tgrelid WHERE k.relnamespace = 'jobs'::regnamespace AND NOT t.tgisinternal
+		UNION ALL SELECT 'function ' || p.oid::regprocedure || md5(p.prosrc) FROM pg_proc p WHERE p.pronamespace = 'jobs'::regnamespace
+		UNION ALL SELECT 'constraint ' || conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint WHERE connamespace = 'jobs'::regnamespace) AS s`
+	require.Equal(t, c.Psql(t, ready(t), shape), c.Psql(t, url, shape))
+	jobs, err := openAt(t, url).ClaimJobs(t.Context(), "a", 100)
+	require.NoError(t, err)
+	require.Len(t, jobs, 10)
 }
 
 // TestMigrateMeanwhile: others insert, change and read while a large table is upgraded, and a transaction that holds the
@@ -259,7 +295,7 @@ func TestMigrateTwiceAtOnce(t *testing.T) {
 		require.NoError(t, o.err)
 		total += len(o.applied)
 	}
-	require.Equal(t, 1, total)
+	require.Equal(t, len(versions(t)), total)
 }
 
 func TestOpenErrors(t *testing.T) {

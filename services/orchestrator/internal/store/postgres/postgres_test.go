@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/specql/mesh/migrations"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 	"github.com/specql/mesh/services/orchestrator/internal/store/storetest"
 	"github.com/specql/mesh/test/pgtest"
@@ -33,13 +34,25 @@ func TestMain(m *testing.M) {
 // testLogLines is small, so that the test of the bound is quick.
 const testLogLines = 1000
 
+// versions are the names of all that the schema went through.
+func versions(t testing.TB) []string {
+	t.Helper()
+	all, err := migrations.Versions()
+	require.NoError(t, err)
+	names := make([]string, 0, len(all))
+	for _, v := range all {
+		names = append(names, v.Name)
+	}
+	return names
+}
+
 // ready makes a database with the schema in it.
 func ready(t testing.TB) string {
 	t.Helper()
 	url := pgtest.Database(t)
 	applied, err := Migrate(t.Context(), Options{URL: url})
 	require.NoError(t, err)
-	require.Equal(t, []string{"001_multi_execution"}, applied)
+	require.Equal(t, versions(t), applied)
 	return url
 }
 

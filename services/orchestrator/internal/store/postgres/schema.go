@@ -47,7 +47,7 @@ func (s *Store) check(ctx context.Context) (map[string]string, error) {
 }
 
 func checkVersion(ctx context.Context, c *pgx.Conn) error {
-	files, err := migrations.Files()
+	versions, err := migrations.Versions()
 	if err != nil {
 		return err
 	}
@@ -64,10 +64,10 @@ func checkVersion(ctx context.Context, c *pgx.Conn) error {
 		return err
 	case have == 0:
 		return errors.New("the database is not ready: it has no tables of SpecQL, or old ones; " + migrateMend)
-	case have < len(files):
-		return fmt.Errorf("the database is not ready: its schema is version %d, this program needs %d; %s", have, len(files), migrateMend)
-	case have > len(files):
-		return fmt.Errorf("the database was migrated by a newer version (its schema is %d, this program knows %d); use that version", have, len(files))
+	case have < len(versions):
+		return fmt.Errorf("the database is not ready: its schema is version %d, this program needs %d; %s", have, len(versions), migrateMend)
+	case have > len(versions):
+		return fmt.Errorf("the database was migrated by a newer version (its schema is %d, this program knows %d); use that version", have, len(versions))
 	}
 	return nil
 }
@@ -105,10 +105,10 @@ func connect(ctx context.Context, o Options) (*pgx.Conn, error) {
 // migrateLock is the advisory lock under which the schema changes.
 const migrateLock = 7271450120554
 
-// Migrate brings a database to the schema that this program knows, and returns the names of the migrations that it
-// applied: none where nothing was amiss. Each statement is a transaction of its own; one migrates at a time, others wait.
+// Migrate brings a database to the schema that this program knows, and returns the names of the versions that it
+// applied: none where nothing was amiss, all of them where something that an earlier one made was lost. Each statement is a transaction of its own; one migrates at a time, others wait.
 func Migrate(ctx context.Context, o Options) (applied []string, err error) {
-	files, err := migrations.Files()
+	versions, err := migrations.Versions()
 	if err != nil {
 		return nil, err
 	}
@@ -124,10 +124,10 @@ func Migrate(ctx context.Context, o Options) (applied []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("migrate: %w", err)
 	}
-	if have > len(files) {
-		return nil, fmt.Errorf("migrate: the database was migrated by a newer version (its schema is %d, this program knows %d); use that version", have, len(files))
+	if have > len(versions) {
+		return nil, fmt.Errorf("migrate: the database was migrated by a newer version (its schema is %d, this program knows %d); use that version", have, len(versions))
 	}
-	if have == len(files) {
+	if have == len(versions) {
 		problems, err := validate(ctx, c)
 		if err != nil {
 			return nil, err
@@ -141,11 +141,11 @@ func Migrate(ctx context.Context, o Options) (applied []string, err error) {
 		}
 		have = 0
 	}
-	for _, f := range files[have:] {
-		if err := applyFile(ctx, c, f); err != nil {
-			return applied, fmt.Errorf("migrate: %s: %w", f.Name, err)
-		}
-		applied = append(applied, f.Name)
+	if err := apply(ctx, c, migrations.SQL); err != nil {
+		return nil, fmt.Errorf("migrate: %w", err)
+	}
+	for _, v := range versions[have:] {
+		applied = append(applied, v.Name)
 	}
 	return applied, nil
 }
@@ -168,8 +168,8 @@ func lockMigration(ctx context.Context, c *pgx.Conn) error {
 	}
 }
 
-func applyFile(ctx context.Context, c *pgx.Conn, f migrations.File) error {
-	statements, err := migrations.Statements(f.SQL)
+func apply(ctx context.Context, c *pgx.Conn, text string) error {
+	statements, err := migrations.Statements(text)
 	if err != nil {
 		return err
 	}
@@ -201,7 +201,7 @@ func firstLine(text string) string {
 	return ""
 }
 
-// wanted is what a migration makes, read from its text.
+// wanted is what the schema holds, read from its text.
 type wanted struct {
 	tables    map[string][][2]string // columns with their types
 	indexes   []string
@@ -219,30 +219,28 @@ var (
 	wantView     = regexp.MustCompile(`CREATE OR REPLACE VIEW jobs\.(\w+)`)
 )
 
-func readWanted(files []migrations.File) wanted {
+func readWanted(text string) wanted {
 	w := wanted{tables: map[string][][2]string{}}
-	for _, f := range files {
-		for _, m := range wantTable.FindAllStringSubmatch(f.SQL, -1) {
-			for line := range strings.Lines(m[2] + ",\n") {
-				if c := wantColumn.FindStringSubmatch(line); c != nil {
-					w.tables[m[1]] = append(w.tables[m[1]], [2]string{c[1], c[2]})
-				}
+	for _, m := range wantTable.FindAllStringSubmatch(text, -1) {
+		for line := range strings.Lines(m[2] + ",\n") {
+			if c := wantColumn.FindStringSubmatch(line); c != nil {
+				w.tables[m[1]] = append(w.tables[m[1]], [2]string{c[1], c[2]})
 			}
 		}
-		for _, m := range wantIndex.FindAllStringSubmatch(f.SQL, -1) {
-			w.indexes = append(w.indexes, m[1])
+	}
+	for _, m := range wantIndex.FindAllStringSubmatch(text, -1) {
+		w.indexes = append(w.indexes, m[1])
+	}
+	for _, m := range wantTrigger.FindAllStringSubmatch(text, -1) {
+		w.triggers = append(w.triggers, [2]string{m[2], m[1]})
+	}
+	for _, m := range wantFunction.FindAllStringSubmatch(text, -1) {
+		if name := m[1] + m[2]; !slices.Contains(w.functions, name) {
+			w.functions = append(w.functions, name)
 		}
-		for _, m := range wantTrigger.FindAllStringSubmatch(f.SQL, -1) {
-			w.triggers = append(w.triggers, [2]string{m[2], m[1]})
-		}
-		for _, m := range wantFunction.FindAllStringSubmatch(f.SQL, -1) {
-			if name := m[1] + m[2]; !slices.Contains(w.functions, name) {
-				w.functions = append(w.functions, name)
-			}
-		}
-		for _, m := range wantView.FindAllStringSubmatch(f.SQL, -1) {
-			w.views = append(w.views, m[1])
-		}
+	}
+	for _, m := range wantView.FindAllStringSubmatch(text, -1) {
+		w.views = append(w.views, m[1])
 	}
 	return w
 }
@@ -277,10 +275,6 @@ func Validate(ctx context.Context, o Options) ([]Problem, error) {
 }
 
 func validate(ctx context.Context, c *pgx.Conn) ([]Problem, error) {
-	files, err := migrations.Files()
-	if err != nil {
-		return nil, err
-	}
 	if err := c.Ping(ctx); err != nil {
 		return nil, err
 	}
@@ -294,10 +288,10 @@ func validate(ctx context.Context, c *pgx.Conn) ([]Problem, error) {
 		}
 		add(migrateMend, "%v", err)
 	}
-	w := readWanted(files)
+	w := readWanted(migrations.SQL)
 	columns := map[[2]string]string{}
 	tables := map[string]bool{}
-	_, err = query(ctx, c, func(row pgx.CollectableRow) (struct{}, error) {
+	_, err := query(ctx, c, func(row pgx.CollectableRow) (struct{}, error) {
 		var table, column, kind string
 		err := row.Scan(&table, &column, &kind)
 		columns[[2]string{table, column}] = kind
@@ -407,10 +401,6 @@ func validateRest(ctx context.Context, c *pgx.Conn, w wanted, tables map[string]
 
 // CheckPermissions lists what the role of the URL may not do and the orchestrator has to; nothing where it may do all.
 func CheckPermissions(ctx context.Context, o Options) ([]Problem, error) {
-	files, err := migrations.Files()
-	if err != nil {
-		return nil, err
-	}
 	c, err := connect(ctx, o)
 	if err != nil {
 		return nil, err
@@ -441,7 +431,7 @@ func CheckPermissions(ctx context.Context, o Options) ([]Problem, error) {
 	if err != nil {
 		return nil, fmt.Errorf("check permissions: %w", err)
 	}
-	w := readWanted(files)
+	w := readWanted(migrations.SQL)
 	for _, f := range found {
 		object := f.Object
 		if f.Kind == "TABLE" {
