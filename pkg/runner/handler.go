@@ -36,6 +36,8 @@ const (
 	// does not know it yet.
 	epochFor   = 10 * time.Minute
 	epochCount = 10_000
+	// maxRuleLabels is how many rules of policies have series of their own.
+	maxRuleLabels = 100
 )
 
 // Options say how a runner is served. The zero value works.
@@ -66,6 +68,9 @@ type Handler struct {
 	jobsDone *prometheus.CounterVec
 	duration *prometheus.HistogramVec
 	gauge    prometheus.Gauge
+	refused  *prometheus.CounterVec
+	denials  *prometheus.CounterVec
+	rules    *telemetry.Label
 
 	work sync.WaitGroup
 	mu   sync.Mutex
@@ -106,7 +111,17 @@ func Register(s grpc.ServiceRegistrar, jr JobRunner, o Options) *Handler {
 		gauge: telemetry.Registered[prometheus.Gauge](o.Registerer, prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "specql_runner_jobs_in_flight", Help: "Attempts that run now.",
 		})),
+		refused: telemetry.Registered(o.Registerer, prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "specql_runner_jobs_refused_total", Help: "Attempts that were not begun, by reason: full or draining.",
+		}, []string{"reason"})),
+		denials: telemetry.Registered(o.Registerer, prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "specql_runner_policy_denials_total", Help: "What policies forbade, by execution type and rule.",
+		}, []string{"execution_type", "rule"})),
+		rules: telemetry.NewLabel(maxRuleLabels),
 	}
+	telemetry.Registered(o.Registerer, prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "specql_runner_capacity", Help: "How many attempts may run at once.",
+	})).Set(float64(o.MaxConcurrency))
 	name := "runner"
 	if d, err := h.describe(context.Background()); err == nil {
 		name = cmp.Or(d.Name, name)
@@ -317,8 +332,10 @@ func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration, at
 	case attachOnly:
 		return nil, nil, false, status.Errorf(codes.NotFound, "job %s neither runs here nor ended here a short time ago", clip(asked.ID))
 	case h.draining:
+		h.refused.WithLabelValues("draining").Inc()
 		return nil, nil, false, fault.New(fault.Unavailable, "the runner is shutting down and takes no new jobs")
 	case h.inFlight >= h.o.MaxConcurrency:
+		h.refused.WithLabelValues("full").Inc()
 		return nil, nil, false, status.Errorf(codes.ResourceExhausted, "the runner is full: all %d places are taken", h.o.MaxConcurrency)
 	}
 	if j, ok := h.jobs[asked.ID]; ok {
@@ -452,8 +469,13 @@ func (h *Handler) run(ctx context.Context, j *job) {
 		h.log.LogAttrs(ctx, slog.LevelDebug, "job ended", slog.String("service", j.job.Service.Name),
 			slog.String("operation", j.job.Operation.Name), slog.String("outcome", outcome), slog.Duration("took", took))
 	}
-	h.jobsDone.WithLabelValues(h.typeLabel(j), outcome).Inc()
-	h.duration.WithLabelValues(h.typeLabel(j)).Observe(took.Seconds())
+	telemetry.Count(ctx, h.jobsDone.WithLabelValues(h.typeLabel(j), outcome), 1)
+	telemetry.Observe(ctx, h.duration.WithLabelValues(h.typeLabel(j)), took)
+	for _, check := range fin.GetSecurity().GetChecks() {
+		if !check.GetAllowed() {
+			h.denials.WithLabelValues(h.typeLabel(j), h.rules.Value(check.GetRule())).Inc()
+		}
+	}
 
 	// The place is free before the caller knows, who may use it at once.
 	h.mu.Lock()

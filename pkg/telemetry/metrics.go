@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // NewRegistry makes a metrics registry with the figures of the process and the Go runtime.
@@ -36,11 +38,76 @@ func Registered[C prometheus.Collector](r prometheus.Registerer, c C) C {
 	return c
 }
 
+// Label bounds the values of a metric's label: past so many, values are "other".
+type Label struct {
+	most  int
+	mu    sync.RWMutex
+	known map[string]bool
+}
+
+// NewLabel makes a label that has at most so many values of its own, the known ones among them.
+func NewLabel(most int, known ...string) *Label {
+	l := &Label{most: most, known: map[string]bool{}}
+	for _, v := range known {
+		l.known[v] = true
+	}
+	return l
+}
+
+// Value is the value, or "other".
+func (l *Label) Value(v string) string {
+	l.mu.RLock()
+	known := l.known[v]
+	l.mu.RUnlock()
+	if known {
+		return v
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if v == "" || !l.known[v] && len(l.known) >= l.most {
+		return "other"
+	}
+	l.known[v] = true
+	return v
+}
+
+// exemplar names the trace of a span that is recorded; nil for none.
+func exemplar(ctx context.Context) prometheus.Labels {
+	span := trace.SpanFromContext(ctx)
+	if !span.IsRecording() || !span.SpanContext().IsSampled() {
+		return nil
+	}
+	return prometheus.Labels{"trace_id": span.SpanContext().TraceID().String()}
+}
+
+// Observe adds a duration, in seconds, with the trace of ctx as its exemplar.
+func Observe(ctx context.Context, o prometheus.Observer, d time.Duration) {
+	if labels := exemplar(ctx); labels != nil {
+		if with, ok := o.(prometheus.ExemplarObserver); ok {
+			with.ObserveWithExemplar(d.Seconds(), labels)
+			return
+		}
+	}
+	o.Observe(d.Seconds())
+}
+
+// Count adds to a counter, with the trace of ctx as its exemplar.
+func Count(ctx context.Context, c prometheus.Counter, n float64) {
+	if labels := exemplar(ctx); labels != nil {
+		if with, ok := c.(prometheus.ExemplarAdder); ok {
+			with.AddWithExemplar(n, labels)
+			return
+		}
+	}
+	c.Add(n)
+}
+
 // Handler answers /metrics, /healthz (200 while the process works) and /readyz (200 while
 // ready gives nil, else 503 with the reason). A nil ready is always ready.
 func Handler(g prometheus.Gatherer, ready func(context.Context) error) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{}))
+	// Exemplars are part of OpenMetrics, for scrapers that ask for it.
+	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{EnableOpenMetrics: true}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		_, _ = w.Write([]byte("ok\n"))

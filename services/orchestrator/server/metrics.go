@@ -1,34 +1,73 @@
 package server
 
 import (
+	"cmp"
+	"context"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/telemetry"
+	"github.com/specql/mesh/services/orchestrator/internal/engine"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
-// metrics are the orchestrator's own figures. Labels are bounded: statuses, and the
-// execution types of the registry.
+// maxServices is how many services have series of their own; the others are "other".
+const maxServices = 1000
+
+// metrics are the orchestrator's own figures; docs/observability.md lists them. Labels are
+// bounded: statuses, codes, execution types that have a runner, and so many services.
 type metrics struct {
-	registry *prometheus.Registry
-	runs     *prometheus.CounterVec
-	jobs     *prometheus.HistogramVec
-	commits  prometheus.Histogram
-	records  prometheus.Histogram
+	registry    *prometheus.Registry
+	types       *telemetry.Label
+	services    *telemetry.Label
+	runs        *prometheus.CounterVec
+	runDuration *prometheus.HistogramVec
+	jobs        *prometheus.CounterVec
+	jobDuration *prometheus.HistogramVec
+	cost        *prometheus.CounterVec
+	retries     *prometheus.CounterVec
+	inFlight    *prometheus.GaugeVec
+	attempts    *prometheus.HistogramVec
+	queued      *prometheus.HistogramVec
+	commits     prometheus.Histogram
+	records     prometheus.Histogram
+	failures    prometheus.Counter
 }
 
-func newMetrics() *metrics {
+// newMetrics makes the figures of an orchestrator that has runners of these types.
+func newMetrics(types []string) *metrics {
+	seconds := prometheus.ExponentialBuckets(0.001, 4, 10)
 	m := &metrics{
-		registry: telemetry.NewRegistry(),
+		registry: telemetry.NewRegistry(), types: telemetry.NewLabel(len(types), types...), services: telemetry.NewLabel(maxServices),
 		runs: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "specql_runs_ended_total", Help: "Runs that ended, by status.",
 		}, []string{"status"}),
-		jobs: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "specql_orchestrator_job_duration_seconds", Help: "Jobs from their first attempt's start to their end, pauses included.",
-			Buckets: prometheus.ExponentialBuckets(0.001, 4, 10),
+		runDuration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "specql_run_duration_seconds", Help: "Runs from their start to their end.", Buckets: seconds,
+		}, []string{"status"}),
+		jobs: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "specql_jobs_total", Help: "Jobs that ended, by execution type, service, status and error code; the code of a completed one is OK.",
+		}, []string{"execution_type", "service", "status", "code"}),
+		jobDuration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "specql_job_duration_seconds", Help: "Jobs from their first attempt's start to their end, pauses included.", Buckets: seconds,
 		}, []string{"execution_type", "status"}),
+		cost: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "specql_job_cost_usd_total", Help: "What jobs cost by the price tables, in US dollars.",
+		}, []string{"execution_type", "service"}),
+		retries: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "specql_job_retries_total", Help: "Attempts that failed and were followed by another, by error code.",
+		}, []string{"execution_type", "code"}),
+		inFlight: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "specql_attempts_in_flight", Help: "Attempts that wait for a runner or run there now.",
+		}, []string{"execution_type"}),
+		attempts: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "specql_attempt_duration_seconds", Help: "Attempts from when they were to begin until their end.", Buckets: seconds,
+		}, []string{"execution_type"}),
+		queued: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "specql_attempt_queue_duration_seconds", Help: "How long attempts waited until a runner began them.", Buckets: seconds,
+		}, []string{"execution_type"}),
 		commits: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "specql_journal_commit_duration_seconds", Help: "How long a commit of the journal takes.",
 			Buckets: prometheus.ExponentialBuckets(0.0001, 4, 10),
@@ -37,8 +76,12 @@ func newMetrics() *metrics {
 			Name: "specql_journal_commit_records", Help: "How many records one commit of the journal holds.",
 			Buckets: prometheus.ExponentialBuckets(1, 2, 9),
 		}),
+		failures: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "specql_journal_commit_failures_total", Help: "Commits of the journal that failed for good.",
+		}),
 	}
-	m.registry.MustRegister(m.runs, m.jobs, m.commits, m.records)
+	m.registry.MustRegister(m.runs, m.runDuration, m.jobs, m.jobDuration, m.cost, m.retries, m.inFlight, m.attempts, m.queued,
+		m.commits, m.records, m.failures)
 	return m
 }
 
@@ -48,13 +91,42 @@ func (m *metrics) walking(count func() int) {
 	}, func() float64 { return float64(count()) }))
 }
 
-func (m *metrics) commit(records int, took time.Duration, _ error) {
+func (m *metrics) commit(records int, took time.Duration, err error) {
 	m.commits.Observe(took.Seconds())
 	m.records.Observe(float64(records))
+	if err != nil {
+		m.failures.Inc()
+	}
 }
 
-func (m *metrics) runEnded(status store.Status) { m.runs.WithLabelValues(string(status)).Inc() }
+// RunEnded implements engine.Observer, as the methods below do.
+func (m *metrics) RunEnded(ctx context.Context, status store.Status, took time.Duration) {
+	m.runs.WithLabelValues(string(status)).Inc()
+	telemetry.Observe(ctx, m.runDuration.WithLabelValues(string(status)), took)
+}
 
-func (m *metrics) jobEnded(executionType string, status store.Status, took time.Duration) {
-	m.jobs.WithLabelValues(executionType, string(status)).Observe(took.Seconds())
+func (m *metrics) JobEnded(ctx context.Context, end *engine.JobEnd) {
+	executionType, service := m.types.Value(end.ExecutionType), m.services.Value(end.Service)
+	telemetry.Count(ctx, m.jobs.WithLabelValues(executionType, service, string(end.Status), cmp.Or(string(end.Code), "OK")), 1)
+	telemetry.Observe(ctx, m.jobDuration.WithLabelValues(executionType, string(end.Status)), end.Took)
+	if end.CostUSD > 0 {
+		telemetry.Count(ctx, m.cost.WithLabelValues(executionType, service), end.CostUSD)
+	}
+}
+
+func (m *metrics) AttemptBegan(executionType string) {
+	m.inFlight.WithLabelValues(m.types.Value(executionType)).Inc()
+}
+
+func (m *metrics) AttemptEnded(ctx context.Context, executionType string, queued, took time.Duration) {
+	executionType = m.types.Value(executionType)
+	m.inFlight.WithLabelValues(executionType).Dec()
+	telemetry.Observe(ctx, m.attempts.WithLabelValues(executionType), took)
+	if queued > 0 {
+		telemetry.Observe(ctx, m.queued.WithLabelValues(executionType), queued)
+	}
+}
+
+func (m *metrics) Retried(executionType string, code fault.Code) {
+	m.retries.WithLabelValues(m.types.Value(executionType), string(code)).Inc()
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"slices"
@@ -95,7 +96,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	if o.Metrics != nil {
 		closers.add(ignoreClosed(o.Metrics.Close))
 	}
-	m := newMetrics()
+	m := newMetrics(slices.Concat([]string{"http", "shell", "docker", "serverless"}, slices.Collect(maps.Keys(o.Runners))))
 
 	st, err := openStore(ctx, o)
 	if err != nil {
@@ -125,7 +126,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	in := &intake.Intake{Registry: reg, Rows: st}
 	eng = engine.New(engine.Options{
 		Journal: journal, Store: st, Plans: reg, Dispatcher: dispatcher, Clock: clock, Logger: o.Logger,
-		Owner: owner.String(), Intake: in, Refresh: reg.Refresh, Retain: o.Retain, MaxRuns: o.MaxRuns, RunEnded: m.runEnded, JobEnded: m.jobEnded,
+		Owner: owner.String(), Intake: in, Refresh: reg.Refresh, Retain: o.Retain, MaxRuns: o.MaxRuns, Observer: m,
 	})
 	m.walking(eng.Walking)
 	drain := cmp.Or(o.DrainTimeout, 10*time.Second)

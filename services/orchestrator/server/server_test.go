@@ -475,7 +475,7 @@ func TestRunnersHealthReflectionAndConsole(t *testing.T) {
 	body, err := io.ReadAll(resp.Body)
 	require.NoError(t, err)
 	require.NoError(t, resp.Body.Close())
-	for _, line := range []string{`specql_runs_ended_total{status="completed"} 1`, `specql_orchestrator_job_duration_seconds_count{execution_type="echo",status="completed"} 1`, "specql_journal_commit_records_count"} {
+	for _, line := range []string{`specql_runs_ended_total{status="completed"} 1`, `specql_job_duration_seconds_count{execution_type="echo",status="completed"} 1`, "specql_journal_commit_records_count"} {
 		require.Contains(t, string(body), line)
 	}
 	rebound, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+s.web+"/", nil)

@@ -215,6 +215,15 @@ func (d *Dispatcher) Execute(ctx context.Context, c *engine.Call, sink engine.Lo
 	}
 	a := &attempt{d: d, t: t, call: c, sink: sink}
 	began := time.Now()
+	out := a.carry(ctx, began)
+	if !a.startedAt.IsZero() {
+		out.Queued = a.startedAt.Sub(began)
+	}
+	return out
+}
+
+// carry sends the job to replicas until one has ended it, or none can.
+func (a *attempt) carry(ctx context.Context, began time.Time) *engine.Outcome {
 	handBacks := 0
 	for n := 0; ; n++ {
 		out, next := a.begin(ctx)
@@ -223,7 +232,7 @@ func (d *Dispatcher) Execute(ctx context.Context, c *engine.Call, sink engine.Lo
 		}
 		waited := time.Since(began)
 		switch {
-		case next == ended || (next == unreached && waited > min(startWait, c.Job.Timeout)) || waited > fullWait && next != handedBack:
+		case next == ended || (next == unreached && waited > min(startWait, a.call.Job.Timeout)) || waited > fullWait && next != handedBack:
 			return out
 		case next == handedBack:
 			if handBacks++; handBacks > mostHandBacks {
@@ -259,6 +268,8 @@ type attempt struct {
 	sink engine.LogSink
 	// silentAt is when its runner must have reported its end.
 	silentAt time.Time
+	// startedAt is when a runner said first that it had begun the job.
+	startedAt time.Time
 }
 
 // begin sends the job to one replica, and follows it.
@@ -401,6 +412,9 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 		switch ev := m.GetEvent().(type) {
 		case *runnerv1.ExecuteResponse_Started:
 			b.started = true
+			if a.startedAt.IsZero() {
+				a.startedAt = time.Now()
+			}
 			notStarted.Stop()
 		case *runnerv1.ExecuteResponse_Log:
 			at := ev.Log.GetTime().AsTime()

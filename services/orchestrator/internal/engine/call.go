@@ -27,6 +27,8 @@ type Outcome struct {
 	Security *runnerv1.SecurityContext
 	// Unknown says that nobody can tell whether the call took effect.
 	Unknown bool
+	// Queued is how long it was until a runner began the attempt; 0 where none did.
+	Queued time.Duration
 }
 
 // call carries out a call, or takes its recorded result, and then what follows it.
@@ -94,6 +96,7 @@ func (r *run) job(ctx context.Context, n *plan.Call, f *frame, key string) (*sto
 	}
 	if job.Status.Final() {
 		r.noteJob(job, true)
+		r.e.jobEnded(ctx, job, 0)
 		return job, r.flush(ctx)
 	}
 	r.noteJob(job, true)
@@ -120,6 +123,7 @@ func (r *run) adopt(ctx context.Context, n *plan.Call, f *frame, key string, row
 	}
 	r.noteJob(job, true)
 	if job.Status.Final() {
+		r.e.jobEnded(ctx, job, 0)
 		return job, r.flush(ctx)
 	}
 	job.Attempts += min(max(row.Attempts, 0), maxAttempts)
@@ -242,12 +246,12 @@ func (r *run) resumeJob(ctx context.Context, n *plan.Call, job *store.Job) (*sto
 // attempts makes the job's attempts until one ends it. What was noted before the first is
 // durable before it begins.
 func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*store.Job, error) {
+	usage := restoreUsage(job)
 	defer func() {
 		if job.Status.Final() {
-			r.e.JobEnded(job.ExecutionType, job.Status, job.CompletedAt.Sub(job.StartedAt))
+			r.e.jobEnded(ctx, job, usage.GetCostUsd())
 		}
 	}()
-	usage := restoreUsage(job)
 	for {
 		if err := r.flush(ctx); err != nil {
 			return r.ended(ctx, job, err, nil)
@@ -263,9 +267,12 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 		}
 		began := r.e.Clock.Now()
 		snapshot := *job
+		r.e.Observer.AttemptBegan(job.ExecutionType)
 		out := r.e.Dispatcher.Execute(ctx, &Call{Job: &snapshot, Node: n, Epoch: r.epoch(), Subject: job.TriggeredBy},
 			func(line int64, stream, text string, at time.Time) { r.log(&snapshot, line, stream, text, at) })
-		usage = addUsage(usage, out.Usage, r.e.Clock.Now().Sub(began), job.Attempts)
+		took := r.e.Clock.Now().Sub(began)
+		r.e.Observer.AttemptEnded(ctx, job.ExecutionType, out.Queued, took)
+		usage = addUsage(usage, out.Usage, took, job.Attempts)
 		job.ResourceUsage = protoJSON(usage)
 		if out.Security != nil {
 			job.SecurityContext = protoJSON(out.Security)
@@ -288,6 +295,7 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 			r.noteJob(job, false)
 			return job, nil
 		}
+		r.e.Observer.Retried(job.ExecutionType, out.Err.Code)
 		pause := backoff(n.Retry.BackoffFactor, job.Attempts, out.Err.RetryAfter)
 		r.log(&snapshot, 0, "runner", fmt.Sprintf("attempt %d failed: %s; the next one begins in %s", job.Attempts, out.Err, pause.Round(time.Millisecond)), r.e.Clock.Now())
 		job.Attempts++

@@ -159,9 +159,8 @@ type Options struct {
 	Retain time.Duration
 	// MaxRuns is how many runs are walked at once, sleeping ones not counted.
 	MaxRuns int
-	// RunEnded and JobEnded are told of ends, for metrics. May be nil.
-	RunEnded func(status store.Status)
-	JobEnded func(executionType string, status store.Status, took time.Duration)
+	// Observer is told of what happens, for metrics. May be nil.
+	Observer Observer
 }
 
 // Engine walks runs.
@@ -195,11 +194,8 @@ func New(o Options) *Engine {
 	if o.MaxRuns <= 0 {
 		o.MaxRuns = 10_000
 	}
-	if o.RunEnded == nil {
-		o.RunEnded = func(store.Status) {}
-	}
-	if o.JobEnded == nil {
-		o.JobEnded = func(string, store.Status, time.Duration) {}
+	if o.Observer == nil {
+		o.Observer = unobserved{}
 	}
 	e := &Engine{
 		Options: o, hub: newHub(), slots: newSlots(o.MaxRuns), runs: map[string]*run{}, queued: map[string]bool{}, admitting: map[string]bool{}, members: newMembership(o.Owner),

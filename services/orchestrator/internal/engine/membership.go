@@ -393,8 +393,9 @@ func (e *Engine) refuseJob(j *store.Job, why *fault.Error) error {
 	if err := e.Journal.Append(e.base, &store.Record{RunID: row.ID, Epoch: row.Epoch, Sequence: row.Sequence, Create: row, NewJobs: []*store.Job{&failed}}); err != nil {
 		return err
 	}
-	e.RunEnded(store.Failed)
-	e.JobEnded(failed.ExecutionType, store.Failed, 0)
+	e.Observer.RunEnded(e.base, store.Failed, 0)
+	// The names are a client's, and may be of nothing that there is.
+	e.Observer.JobEnded(e.base, &JobEnd{ExecutionType: failed.ExecutionType, Status: store.Failed, Code: why.Code})
 	return nil
 }
 

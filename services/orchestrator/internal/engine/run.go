@@ -692,7 +692,10 @@ func (r *run) conclude(err error) {
 		r.mu.Unlock()
 		ferr := r.flush(context.WithoutCancel(r.ctx))
 		if ferr == nil {
-			r.e.RunEnded(change.Status)
+			r.mu.Lock()
+			began := r.state.StartedAt
+			r.mu.Unlock()
+			r.e.Observer.RunEnded(r.ctx, change.Status, change.CompletedAt.Sub(began))
 			return
 		}
 		if r.handedBack(ferr) {
