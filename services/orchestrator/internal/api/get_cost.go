@@ -5,6 +5,7 @@ import (
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
 // GetCost implements InsightService.
@@ -15,7 +16,7 @@ func (i *Insight) GetCost(ctx context.Context, req *specqlv1.GetCostRequest) (*s
 	if err := v.Err(); err != nil {
 		return nil, err
 	}
-	rows, err := i.Store.Costs(ctx, req.GetService(), req.GetExecutionType())
+	rows, err := i.Store.Costs(ctx, store.JobFilter{Service: req.GetService(), ExecutionType: req.GetExecutionType()})
 	if err != nil {
 		return nil, reportError(err)
 	}

@@ -17,7 +17,7 @@ func (i *Insight) GetPerformance(ctx context.Context, req *specqlv1.GetPerforman
 	}
 	resp := &specqlv1.GetPerformanceResponse{}
 	if f.Service == "" && f.Since.IsZero() {
-		rows, err := i.Store.Performance(ctx, f.ExecutionType)
+		rows, err := i.Store.Performance(ctx, f)
 		if err != nil {
 			return nil, reportError(err)
 		}

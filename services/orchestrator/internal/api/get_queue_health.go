@@ -5,6 +5,7 @@ import (
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
 // GetQueueHealth implements InsightService.
@@ -14,7 +15,7 @@ func (i *Insight) GetQueueHealth(ctx context.Context, req *specqlv1.GetQueueHeal
 	if err := v.Err(); err != nil {
 		return nil, err
 	}
-	rows, err := i.Store.QueueHealth(ctx, req.GetExecutionType())
+	rows, err := i.Store.QueueHealth(ctx, store.JobFilter{ExecutionType: req.GetExecutionType()})
 	if err != nil {
 		return nil, reportError(err)
 	}

@@ -21,7 +21,7 @@ func (i *Insight) GetResourceUsage(ctx context.Context, req *specqlv1.GetResourc
 	}
 	resp := &specqlv1.GetResourceUsageResponse{}
 	if f.Service == "" && f.Since.IsZero() {
-		rows, err := i.Store.RunnerUsage(ctx, f.ExecutionType)
+		rows, err := i.Store.RunnerUsage(ctx, f)
 		if err != nil {
 			return nil, reportError(err)
 		}

@@ -9,14 +9,18 @@ import (
 // Insight is what a database tells of past and present jobs. All but [Insight.Figures] read
 // the views of the database's documentation. A figure that is not known is nil.
 type Insight interface {
-	// Performance sums up all jobs, a row an execution type. An empty type chooses all.
-	Performance(ctx context.Context, executionType string) ([]*Performance, error)
-	// RunnerUsage sums up what jobs used, a row a runner and execution type.
-	RunnerUsage(ctx context.Context, executionType string) ([]*RunnerUsage, error)
+	// The first four sum up all jobs that f.ExecutionType, f.Tenants and, for Costs, f.Service
+	// choose; of f they look at nothing else. Of some tenants alone the sums are made of the jobs
+	// themselves, and take as long as there are jobs.
+
+	// Performance is a row an execution type.
+	Performance(ctx context.Context, f JobFilter) ([]*Performance, error)
+	// RunnerUsage tells what jobs used, a row a runner and execution type.
+	RunnerUsage(ctx context.Context, f JobFilter) ([]*RunnerUsage, error)
 	// QueueHealth tells what waits and runs, a row an execution type.
-	QueueHealth(ctx context.Context, executionType string) ([]*QueueHealth, error)
-	// Costs sums up the priced jobs, a row a service and execution type, the most expensive first.
-	Costs(ctx context.Context, service, executionType string) ([]*Cost, error)
+	QueueHealth(ctx context.Context, f JobFilter) ([]*QueueHealth, error)
+	// Costs are those of priced jobs, a row a service and execution type, the most expensive first.
+	Costs(ctx context.Context, f JobFilter) ([]*Cost, error)
 	// Violations lists at most limit violations that happened at f.Since or later, newest first.
 	Violations(ctx context.Context, f JobFilter, limit int) ([]*Violation, error)
 	// Figures returns at most limit jobs that were created at f.Since or later, newest first.
@@ -30,6 +34,8 @@ type JobFilter struct {
 	Since         time.Time
 	// Failed chooses the failed jobs alone.
 	Failed bool
+	// Tenants as in [RunFilter].
+	Tenants []string
 }
 
 // Performance is a row of v_execution_performance_by_type.

@@ -297,7 +297,9 @@ type RunFilter struct {
 	Statuses []Status
 	Entity   string
 	Action   string
-	TenantID string
+	// Tenants chooses what belongs to one of them, "" being what belongs to none. Nil chooses
+	// all; an empty list nothing.
+	Tenants []string
 	// Before is the id of the last run of the page before; runs are listed newest first,
 	// which is by descending id.
 	Before string

@@ -168,7 +168,7 @@ func TestHostileRows(t *testing.T) {
 	jobs, err := st.ClaimJobs(t.Context(), "a", 10)
 	require.NoError(t, err)
 	require.Len(t, jobs, 3)
-	health, err := st.QueueHealth(t.Context(), "")
+	health, err := st.QueueHealth(t.Context(), store.JobFilter{})
 	require.NoError(t, err)
 	require.EqualValues(t, 3, health[0].Pending)
 }

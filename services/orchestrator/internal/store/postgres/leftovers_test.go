@@ -6,6 +6,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/specql/mesh/services/orchestrator/internal/store"
 	"github.com/specql/mesh/test/pgtest"
 )
 
@@ -54,7 +55,7 @@ func TestLegacyInfinity(t *testing.T) {
 	jobs, err := st.ClaimJobs(t.Context(), "a", 10)
 	require.NoError(t, err)
 	require.Len(t, jobs, 1)
-	p, err := st.Performance(t.Context(), "")
+	p, err := st.Performance(t.Context(), store.JobFilter{})
 	require.NoError(t, err)
 	require.EqualValues(t, 3, p[0].Jobs)
 	require.NoError(t, st.Maintain(t.Context(), 0))

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -186,8 +187,12 @@ func (s *Store) Runs(ctx context.Context, f store.RunFilter) ([]*store.Run, erro
 	if f.Action != "" {
 		add("r.action = $%d", plain(f.Action))
 	}
-	if f.TenantID != "" {
-		add("r.tenant_id = $%d", plain(f.TenantID))
+	if f.Tenants != nil {
+		condition := "r.tenant_id = ANY ($%d::text[])"
+		if slices.Contains(f.Tenants, "") {
+			condition = "(r.tenant_id IS NULL OR " + condition + ")"
+		}
+		add(condition, gather(f.Tenants, plain))
 	}
 	if f.Before != "" {
 		add("r.id < $%d", uuidValue(f.Before))

@@ -2,18 +2,49 @@ package sqlite
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"strings"
 
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
-// report reads the rows of a report.
-func report[T any](ctx context.Context, s *Store, what string, dest func(*T) []any, text string, args ...any) ([]*T, error) {
+// ofTenants is the condition that a row belongs to one of tenants, and the value of its parameter.
+func ofTenants(parameter string, tenants []string) (condition string, value any) {
+	list, err := json.Marshal(append([]string{}, tenants...))
+	if err != nil {
+		list = []byte("[]") // texts always are JSON
+	}
+	return "coalesce(tenant_id, '') IN (SELECT value FROM json_each(" + parameter + "))", string(list)
+}
+
+// report reads the rows of a report of a view, or of a table. Of some tenants alone, the view is
+// made anew over their jobs: what it says of each job does not change.
+func report[T any](ctx context.Context, s *Store, what, view string, f store.JobFilter, dest func(*T) []any, text string, args ...any) ([]*T, error) {
 	end, err := s.read()
 	if err != nil {
 		return nil, err
 	}
 	defer end()
+	if f.Tenants == nil {
+		text = strings.Replace(text, "FROM v", "FROM jobs."+view, 1)
+	} else {
+		condition, value := ofTenants(fmt.Sprintf("?%d", len(args)+1), f.Tenants)
+		rows := "SELECT * FROM mine"
+		if view != "tb_job_run" {
+			var definition string
+			if err := s.readDB.QueryRowContext(ctx, "SELECT sql FROM jobs.sqlite_master WHERE type = 'view' AND name = ?", view).Scan(&definition); err != nil {
+				return nil, fmt.Errorf("%s: %w", what, err)
+			}
+			_, rows, _ = strings.Cut(definition, " AS\n")
+			rows = strings.ReplaceAll(rows, "FROM tb_job_run", "FROM mine")
+			if strings.Contains(rows, "tb_job_run") || !strings.Contains(rows, "FROM mine") {
+				return nil, fmt.Errorf("%s: the view %s cannot be made of the jobs of one tenant", what, view)
+			}
+		}
+		text = "WITH mine AS (SELECT * FROM jobs.tb_job_run WHERE " + condition + "), v AS (" + rows + ") " + text
+		args = append(args, value)
+	}
 	rows, err := query(ctx, s.readDB, func(row scanner) (*T, error) {
 		v := new(T)
 		return v, row.Scan(dest(v)...)
@@ -25,8 +56,8 @@ func report[T any](ctx context.Context, s *Store, what string, dest func(*T) []a
 }
 
 // Performance implements [store.Insight].
-func (s *Store) Performance(ctx context.Context, executionType string) ([]*store.Performance, error) {
-	return report(ctx, s, "performance", func(p *store.Performance) []any {
+func (s *Store) Performance(ctx context.Context, f store.JobFilter) ([]*store.Performance, error) {
+	return report(ctx, s, "performance", "v_execution_performance_by_type", f, func(p *store.Performance) []any {
 		return []any{
 			&p.ExecutionType, &p.Jobs, &p.Completed, &p.Failed, &p.Cancelled, &p.Active, &p.SuccessRate,
 			&p.Average, &p.P50, &p.P95, &p.P99, &p.Max, &p.AverageAttempts,
@@ -34,12 +65,12 @@ func (s *Store) Performance(ctx context.Context, executionType string) ([]*store
 		}
 	}, `SELECT execution_type, total_jobs, completed, failed, cancelled, active, success_rate, avg_duration_seconds,
 			p50_duration_seconds, p95_duration_seconds, p99_duration_seconds, max_duration_seconds, avg_attempts, last_job_at
-		FROM jobs.v_execution_performance_by_type WHERE ?1 = '' OR execution_type = ?1 ORDER BY execution_type`, executionType)
+		FROM v WHERE ?1 = '' OR execution_type = ?1 ORDER BY execution_type`, f.ExecutionType)
 }
 
 // RunnerUsage implements [store.Insight].
-func (s *Store) RunnerUsage(ctx context.Context, executionType string) ([]*store.RunnerUsage, error) {
-	return report(ctx, s, "usage by runner", func(u *store.RunnerUsage) []any {
+func (s *Store) RunnerUsage(ctx context.Context, f store.JobFilter) ([]*store.RunnerUsage, error) {
+	return report(ctx, s, "usage by runner", "v_resource_usage_by_runner", f, func(u *store.RunnerUsage) []any {
 		return []any{
 			&u.ExecutionType,
 			textColumn{&u.Runner},
@@ -51,24 +82,24 @@ func (s *Store) RunnerUsage(ctx context.Context, executionType string) ([]*store
 	}, `SELECT execution_type, runner, measured_jobs, avg_cpu_seconds, total_cpu_seconds, avg_cpu_usage_percent,
 			avg_memory_mb, avg_peak_memory_mb, max_peak_memory_mb, total_disk_read_mb, total_disk_write_mb,
 			total_network_rx_mb, total_network_tx_mb, avg_duration_seconds, oom_killed_jobs, last_job_at
-		FROM jobs.v_resource_usage_by_runner WHERE ?1 = '' OR execution_type = ?1 ORDER BY execution_type, runner`, executionType)
+		FROM v WHERE ?1 = '' OR execution_type = ?1 ORDER BY execution_type, runner`, f.ExecutionType)
 }
 
 // QueueHealth implements [store.Insight].
-func (s *Store) QueueHealth(ctx context.Context, executionType string) ([]*store.QueueHealth, error) {
-	return report(ctx, s, "queue health", func(h *store.QueueHealth) []any {
+func (s *Store) QueueHealth(ctx context.Context, f store.JobFilter) ([]*store.QueueHealth, error) {
+	return report(ctx, s, "queue health", "v_job_queue_health", f, func(h *store.QueueHealth) []any {
 		return []any{
 			&h.ExecutionType, &h.Pending, &h.Running, &h.WaitingForRetry, &h.Overdue, &h.OldestPendingSeconds, &h.LongestRunningSeconds,
 			&h.CompletedLastHour, &h.FailedLastHour, &h.AverageWaitSeconds,
 		}
 	}, `SELECT execution_type, pending, running, waiting_for_retry, overdue, oldest_pending_seconds, longest_running_seconds,
 			completed_last_hour, failed_last_hour, avg_wait_seconds_last_hour
-		FROM jobs.v_job_queue_health WHERE ?1 = '' OR execution_type = ?1 ORDER BY execution_type`, executionType)
+		FROM v WHERE ?1 = '' OR execution_type = ?1 ORDER BY execution_type`, f.ExecutionType)
 }
 
 // Costs implements [store.Insight].
-func (s *Store) Costs(ctx context.Context, service, executionType string) ([]*store.Cost, error) {
-	return report(ctx, s, "costs", func(c *store.Cost) []any {
+func (s *Store) Costs(ctx context.Context, f store.JobFilter) ([]*store.Cost, error) {
+	return report(ctx, s, "costs", "v_cost_by_service", f, func(c *store.Cost) []any {
 		return []any{
 			&c.Service, &c.ExecutionType, &c.PricedJobs, &c.Total, &c.Average, &c.Max, &c.BilledDurationMS, &c.LastHour, &c.LastDay,
 			timeColumn{&c.FirstJobAt},
@@ -76,13 +107,13 @@ func (s *Store) Costs(ctx context.Context, service, executionType string) ([]*st
 		}
 	}, `SELECT service_name, execution_type, priced_jobs, total_cost_usd, avg_cost_usd, max_cost_usd, billed_duration_ms,
 			cost_usd_last_hour, cost_usd_last_day, first_job_at, last_job_at
-		FROM jobs.v_cost_by_service WHERE (?1 = '' OR service_name = ?1) AND (?2 = '' OR execution_type = ?2)
-		ORDER BY total_cost_usd DESC, service_name`, service, executionType)
+		FROM v WHERE (?1 = '' OR service_name = ?1) AND (?2 = '' OR execution_type = ?2)
+		ORDER BY total_cost_usd DESC, service_name`, f.Service, f.ExecutionType)
 }
 
 // Violations implements [store.Insight].
 func (s *Store) Violations(ctx context.Context, f store.JobFilter, limit int) ([]*store.Violation, error) {
-	return report(ctx, s, "security violations", func(v *store.Violation) []any {
+	return report(ctx, s, "security violations", "v_security_violations", f, func(v *store.Violation) []any {
 		return []any{
 			&v.JobID,
 			textColumn{&v.RunID},
@@ -99,14 +130,14 @@ func (s *Store) Violations(ctx context.Context, f store.JobFilter, limit int) ([
 		}
 	}, `SELECT job_id, run_id, step_path, service_name, operation, execution_type, rule, attempted, detail, policy_digest, runner,
 			subject, tenant_id, occurred_at
-		FROM jobs.v_security_violations
+		FROM v
 		WHERE (?1 = '' OR service_name = ?1) AND (?2 = '' OR execution_type = ?2) AND (?3 IS NULL OR occurred_at >= ?3)
 		ORDER BY occurred_at DESC, job_id, rule, attempted LIMIT ?4`, f.Service, f.ExecutionType, timeValue(f.Since), limit)
 }
 
 // Figures implements [store.Insight].
 func (s *Store) Figures(ctx context.Context, f store.JobFilter, limit int) ([]*store.JobFigures, error) {
-	return report(ctx, s, "figures of jobs", func(j *store.JobFigures) []any {
+	return report(ctx, s, "figures of jobs", "tb_job_run", f, func(j *store.JobFigures) []any {
 		return []any{
 			textColumn{&j.RunID},
 			&j.Service, &j.Operation, &j.ExecutionType, &j.Status, &j.Attempts, &j.DurationSeconds,
@@ -119,7 +150,7 @@ func (s *Store) Figures(ctx context.Context, f store.JobFilter, limit int) ([]*s
 	}, `SELECT run_id, service_name, operation, execution_type, status, attempts, duration_seconds, resource_usage,
 			error_code, substr(error_message, 1, ?6), created_at,
 			CASE WHEN status IN ('completed', 'failed', 'cancelled') THEN coalesce(completed_at, updated_at) END
-		FROM jobs.tb_job_run
+		FROM v
 		WHERE (?1 = '' OR service_name = ?1) AND (?2 = '' OR execution_type = ?2) AND (?3 IS NULL OR created_at >= ?3)
 			AND (NOT ?4 OR status = 'failed')
 		ORDER BY created_at DESC, id DESC LIMIT ?5`,

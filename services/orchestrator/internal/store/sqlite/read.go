@@ -262,8 +262,9 @@ func (s *Store) Runs(ctx context.Context, f store.RunFilter) ([]*store.Run, erro
 	if f.Action != "" {
 		add("action = ?", f.Action)
 	}
-	if f.TenantID != "" {
-		add("tenant_id = ?", f.TenantID)
+	if f.Tenants != nil {
+		condition, value := ofTenants("?", f.Tenants)
+		add(condition, value)
 	}
 	if f.Before != "" {
 		add("id < ?", f.Before)

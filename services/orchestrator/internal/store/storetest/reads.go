@@ -75,11 +75,15 @@ func testRuns(t *testing.T, st store.Store) {
 	require.Equal(t, newest, paged)
 
 	require.Len(t, ids(store.RunFilter{Entity: "payment"}), 5)
-	require.Len(t, ids(store.RunFilter{TenantID: tenant}), 5)
+	require.Len(t, ids(store.RunFilter{Tenants: []string{tenant}}), 5)
 	require.Len(t, ids(store.RunFilter{Action: "other"}), 1)
 	require.Len(t, ids(store.RunFilter{Statuses: []store.Status{store.Completed, store.Failed}}), 6)
 	require.Len(t, ids(store.RunFilter{Statuses: []store.Status{store.Running}, Entity: "order", Limit: 2}), 2)
-	require.Empty(t, ids(store.RunFilter{TenantID: tenant2}))
+	require.Empty(t, ids(store.RunFilter{Tenants: []string{tenant2}}))
+	require.Empty(t, ids(store.RunFilter{Tenants: []string{}}), "of no tenant at all")
+	require.Len(t, ids(store.RunFilter{Tenants: []string{""}}), 5, "what belongs to none")
+	require.Len(t, ids(store.RunFilter{Tenants: []string{"", tenant2, tenant}}), 10)
+	require.Len(t, ids(store.RunFilter{Tenants: []string{tenant}, Limit: 3}), 3, "pages are of what is seen")
 	require.Empty(t, ids(store.RunFilter{Entity: "payment", Action: "other"}))
 }
 
