@@ -375,6 +375,36 @@ CREATE TABLE IF NOT EXISTS jobs.tb_orchestrator (
 ) WITH (fillfactor = 50);
 ALTER TABLE jobs.tb_orchestrator ADD COLUMN IF NOT EXISTS buried_at timestamptz;
 
+-- What is limited over all orchestrators, by key: the limit as it was asked for last, and until when every take is
+-- refused. Who takes a slot holds the row of each of its limits, in the order of the keys.
+CREATE TABLE IF NOT EXISTS jobs.tb_limit (
+    key            text             NOT NULL PRIMARY KEY CHECK (key <> ''),
+    window_seconds double precision,
+    max_attempts   bigint,
+    max_cost       double precision,
+    closed_until   timestamptz,
+    closed_reason  text,
+    updated_at     timestamptz      NOT NULL DEFAULT now()
+) WITH (fillfactor = 50);
+
+-- One attempt at one limit. It counts until `until`, which is set when the attempt has ended. A row of no job
+-- stands for several that have ended.
+CREATE TABLE IF NOT EXISTS jobs.tb_limit_slot (
+    id             uuid             NOT NULL,
+    key            text             NOT NULL,
+    job_id         uuid,
+    attempts       bigint           NOT NULL DEFAULT 1,
+    window_seconds double precision NOT NULL,
+    cost           double precision NOT NULL DEFAULT 0,
+    taken_at       timestamptz      NOT NULL,
+    ended_at       timestamptz,
+    until          timestamptz      NOT NULL DEFAULT 'infinity',
+    PRIMARY KEY (id, key)
+);
+
+CREATE INDEX IF NOT EXISTS ix_limit_slot_key ON jobs.tb_limit_slot (key, until);
+CREATE INDEX IF NOT EXISTS ix_limit_slot_job ON jobs.tb_limit_slot (job_id) WHERE ended_at IS NULL;
+
 CREATE TABLE IF NOT EXISTS jobs.tb_schema_version (
     version    integer     NOT NULL PRIMARY KEY,
     name       text        NOT NULL,
@@ -437,6 +467,114 @@ BEGIN
     IF have <> want THEN
         RAISE EXCEPTION USING ERRCODE = 'SQ002', MESSAGE = format('%s: %s of %s', what, have, want);
     END IF;
+END
+$$;
+
+-- fn_limits closes keys and decides takes, in their order; what it gives is what store.TakeResult says. A take is granted a
+-- slot at each of its limits, or none at all. takes: [{id, job, limits: [{key, window, attempts, max_cost, cost}]}],
+-- closures: [{key, seconds, reason}]. fold is how many rows of one key are counted before they are put together.
+CREATE OR REPLACE FUNCTION jobs.fn_limits(takes jsonb, closures jsonb, fold bigint, tolerance double precision)
+RETURNS TABLE (granted boolean, refused integer, closed boolean, wait double precision, used bigint, in_flight bigint, cost double precision, reserved double precision, free bigint)
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    keys text[];
+    -- What counts at each key, by its place in keys.
+    n bigint[];
+    flying bigint[];
+    spent double precision[];
+    held double precision[];
+    next_until timestamptz[];
+    shut timestamptz[];
+    -- When it all happens: read once the keys are held, so that nobody's later slot is from before.
+    t timestamptz;
+    take jsonb;
+    l jsonb;
+    i integer;
+    k integer;
+    max_n bigint;
+    max_c double precision;
+    one double precision;
+    full_ boolean;
+    s record;
+BEGIN
+    SELECT array_agg(x.key ORDER BY x.key COLLATE "C") INTO keys FROM (
+        SELECT e -> 'limits' -> g.i ->> 'key' AS key FROM jsonb_array_elements(takes) e, generate_series(0, jsonb_array_length(e -> 'limits') - 1) AS g (i)
+        UNION SELECT e ->> 'key' FROM jsonb_array_elements(closures) e) AS x;
+    -- A key that was long not used may be forgotten just now.
+    LOOP
+        SELECT count(*) INTO k FROM (SELECT FROM jobs.tb_limit WHERE key = ANY (keys) ORDER BY key COLLATE "C" FOR UPDATE) AS x;
+        EXIT WHEN k = cardinality(keys);
+        INSERT INTO jobs.tb_limit (key) SELECT x.key FROM unnest(keys) AS x (key) ORDER BY x.key COLLATE "C" ON CONFLICT DO NOTHING;
+    END LOOP;
+    t := clock_timestamp();
+    UPDATE jobs.tb_limit m SET closed_until = c.until, closed_reason = c.reason, updated_at = t
+    FROM (SELECT DISTINCT ON (e ->> 'key') e ->> 'key' AS key, t + make_interval(secs => (e ->> 'seconds')::double precision) AS until, e ->> 'reason' AS reason
+          FROM jsonb_array_elements(closures) e ORDER BY e ->> 'key', (e ->> 'seconds')::double precision DESC) AS c
+    WHERE m.key = c.key AND coalesce(m.closed_until < c.until, true);
+    IF jsonb_array_length(takes) = 0 THEN
+        RETURN;
+    END IF;
+    -- What the limits are is kept for people to see.
+    UPDATE jobs.tb_limit m SET window_seconds = c.w, max_attempts = c.a, max_cost = c.c, updated_at = t
+    FROM (SELECT DISTINCT ON (x ->> 'key') x ->> 'key' AS key, (x ->> 'window')::double precision AS w,
+              nullif((x ->> 'attempts')::bigint, 0) AS a, nullif((x ->> 'max_cost')::double precision, 0) AS c
+          FROM jsonb_array_elements(takes) WITH ORDINALITY AS e (v, at), jsonb_array_elements(e.v -> 'limits') AS x ORDER BY x ->> 'key', e.at DESC) AS c
+    WHERE m.key = c.key AND (m.window_seconds, m.max_attempts, m.max_cost) IS DISTINCT FROM (c.w, c.a, c.c);
+    FOR k IN 1 .. cardinality(keys) LOOP
+        SELECT count(*) AS rows, coalesce(sum(attempts), 0) AS n, coalesce(sum(attempts) FILTER (WHERE ended_at IS NULL), 0) AS flying,
+            coalesce(sum(cost), 0) AS spent, coalesce(sum(cost) FILTER (WHERE ended_at IS NULL), 0) AS held, min(until) FILTER (WHERE ended_at IS NOT NULL) AS next
+        INTO s FROM jobs.tb_limit_slot WHERE key = keys[k] AND until > t;
+        n[k] := s.n; flying[k] := s.flying; spent[k] := s.spent; held[k] := s.held; next_until[k] := s.next;
+        shut[k] := (SELECT closed_until FROM jobs.tb_limit WHERE key = keys[k]);
+        IF s.rows > fold THEN
+            WITH gone AS (DELETE FROM jobs.tb_limit_slot WHERE key = keys[k] AND ended_at IS NOT NULL RETURNING attempts, window_seconds, cost, until)
+            INSERT INTO jobs.tb_limit_slot (id, key, attempts, window_seconds, cost, taken_at, ended_at, until)
+            SELECT gen_random_uuid(), keys[k], sum(g.attempts), max(g.window_seconds), sum(g.cost), t, t, max(g.until)
+            FROM gone g WHERE g.until > t GROUP BY floor(extract(epoch FROM g.until) / greatest(g.window_seconds / 60, 0.000001));
+        END IF;
+    END LOOP;
+    FOR take IN SELECT e.v FROM jsonb_array_elements(takes) WITH ORDINALITY AS e (v, at) ORDER BY e.at LOOP
+        granted := true; refused := 0; closed := false; wait := 0; used := 0; in_flight := 0; cost := 0; reserved := 0; free := 1099511627776;
+        -- The slot may be there already: the answer that gave it was lost.
+        IF EXISTS (SELECT FROM jobs.tb_limit_slot WHERE id = (take ->> 'id')::uuid) THEN
+            free := 0;
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+        FOR i IN 0 .. jsonb_array_length(take -> 'limits') - 1 LOOP
+            l := take -> 'limits' -> i;
+            k := array_position(keys, l ->> 'key');
+            max_n := (l ->> 'attempts')::bigint; max_c := (l ->> 'max_cost')::double precision; one := (l ->> 'cost')::double precision;
+            full_ := max_n > 0 AND n[k] + 1 > max_n OR max_c > 0 AND spent[k] + one > max_c + tolerance;
+            IF full_ OR shut[k] > t THEN
+                granted := false; refused := i; closed := coalesce(shut[k] > t, false);
+                wait := greatest(0, extract(epoch FROM shut[k] - t), CASE WHEN full_ THEN extract(epoch FROM next_until[k] - t) END);
+                used := n[k]; in_flight := flying[k]; cost := spent[k]; reserved := held[k]; free := 0;
+                EXIT;
+            END IF;
+        END LOOP;
+        IF granted THEN
+            FOR i IN 0 .. jsonb_array_length(take -> 'limits') - 1 LOOP
+                l := take -> 'limits' -> i;
+                k := array_position(keys, l ->> 'key');
+                max_n := (l ->> 'attempts')::bigint; max_c := (l ->> 'max_cost')::double precision; one := (l ->> 'cost')::double precision;
+                n[k] := n[k] + 1; flying[k] := flying[k] + 1; spent[k] := spent[k] + one; held[k] := held[k] + one;
+                INSERT INTO jobs.tb_limit_slot (id, key, job_id, window_seconds, cost, taken_at)
+                VALUES ((take ->> 'id')::uuid, keys[k], (take ->> 'job')::uuid, (l ->> 'window')::double precision, one, t) ON CONFLICT DO NOTHING;
+                IF i = 0 THEN
+                    used := n[k]; in_flight := flying[k]; cost := spent[k]; reserved := held[k];
+                END IF;
+                IF max_n > 0 THEN
+                    free := least(free, max_n - n[k]);
+                END IF;
+                IF max_c > 0 AND one > 0 THEN
+                    free := least(free, greatest(0, floor((max_c + tolerance - spent[k]) / one))::bigint);
+                END IF;
+            END LOOP;
+        END IF;
+        RETURN NEXT;
+    END LOOP;
 END
 $$;
 
@@ -949,6 +1087,16 @@ GROUP BY service_name, execution_type
 HAVING sum(priced_jobs) > 0
 ORDER BY total_cost_usd DESC, service_name;
 
+-- One row a limit: what counts at it now.
+CREATE OR REPLACE VIEW jobs.v_limit_usage AS
+SELECT l.key, l.window_seconds, l.max_attempts, coalesce(sum(s.attempts), 0)::bigint AS attempts,
+       coalesce(sum(s.attempts) FILTER (WHERE s.ended_at IS NULL), 0)::bigint AS in_flight,
+       l.max_cost AS max_cost_usd, coalesce(sum(s.cost), 0) AS cost_usd, coalesce(sum(s.cost) FILTER (WHERE s.ended_at IS NULL), 0) AS reserved_usd,
+       CASE WHEN l.closed_until > now() THEN l.closed_until END AS closed_until,
+       CASE WHEN l.closed_until > now() THEN l.closed_reason END AS closed_reason
+FROM jobs.tb_limit l LEFT JOIN jobs.tb_limit_slot s ON s.key = l.key AND s.until > now()
+GROUP BY l.key;
+
 -- One row a check that denied; a violation without recorded checks has one row too.
 CREATE OR REPLACE VIEW jobs.v_security_violations AS
 SELECT j.id AS job_id, j.run_id, j.step_path, j.service_name, j.operation, j.execution_type,
@@ -1066,5 +1214,6 @@ $$;
 
 -- The versions that a database now has: every change to this file is one more. This statement is the last.
 INSERT INTO jobs.tb_schema_version (version, name) VALUES
-    (1, '001_multi_execution')
+    (1, '001_multi_execution'),
+    (2, '002_limits')
 ON CONFLICT DO NOTHING;

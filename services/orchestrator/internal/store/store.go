@@ -281,6 +281,11 @@ type Record struct {
 	Steps []*Step
 	// TakenSignals maps ids of signals to the step paths that took them.
 	TakenSignals map[int64]string
+	// Ends are the slots of attempts that have ended, and Takes those that are asked for, in this order.
+	// Closures come before the takes.
+	Ends     []SlotEnd
+	Takes    []*Take
+	Closures []Closure
 }
 
 // History is all that is known of a run, for replay.
@@ -363,8 +368,8 @@ type Store interface {
 	// store, which has no other clients, waits for the end of ctx.
 	Listen(ctx context.Context, fn func(Notice)) error
 	// Maintain does what has to be done from time to time: it deletes runs and jobs that
-	// ended more than retain ago (0: none), in small transactions, and puts statistics
-	// together. It does nothing where another orchestrator is at it.
+	// ended more than retain ago (0: none) and slots that count no more, in small transactions, ends
+	// slots whose jobs have ended, and puts statistics together. It does nothing where another orchestrator is at it.
 	Maintain(ctx context.Context, retain time.Duration) error
 	// SetExecutionTypes disables and enables execution types; calls of a disabled one fail.
 	SetExecutionTypes(ctx context.Context, disable, enable []string) error

@@ -29,9 +29,11 @@ func (s *Store) Commit(ctx context.Context, records []*store.Record) ([]error, e
 	}
 	var results []error
 	rowIDs := map[*store.Record]string{}
+	taken := map[*store.Take]store.TakeResult{}
 	var err error
 	for range commitTries {
 		clear(rowIDs)
+		clear(taken)
 		err = s.within(ctx, s.writers, func(bounded context.Context, c *pgx.Conn) error {
 			// From here on the outcome has to be known, whatever the caller's context says.
 			within, cancel := context.WithTimeout(context.WithoutCancel(bounded), s.timeout)
@@ -46,10 +48,11 @@ func (s *Store) Commit(ctx context.Context, records []*store.Record) ([]error, e
 					s.doubt(c)
 				}
 			}()
-			err = s.commitAtOnce(within, c, records, rowIDs)
+			err = s.commitAtOnce(within, c, records, rowIDs, taken)
 			if err != nil && s.findLosers(err, records) {
 				clear(rowIDs)
-				err = s.commitEach(within, c, records, results, rowIDs)
+				clear(taken)
+				err = s.commitEach(within, c, records, results, rowIDs, taken)
 			}
 			return err
 		})
@@ -62,6 +65,9 @@ func (s *Store) Commit(ctx context.Context, records []*store.Record) ([]error, e
 	}
 	for r, id := range rowIDs {
 		r.InsertRow.ID = id
+	}
+	for t, result := range taken {
+		t.Result = result
 	}
 	return results, nil
 }
@@ -89,7 +95,7 @@ func (s *Store) findLosers(err error, records []*store.Record) bool {
 }
 
 // commitAtOnce writes all records, or none.
-func (s *Store) commitAtOnce(ctx context.Context, c *pgx.Conn, records []*store.Record, rowIDs map[*store.Record]string) error {
+func (s *Store) commitAtOnce(ctx context.Context, c *pgx.Conn, records []*store.Record, rowIDs map[*store.Record]string, taken map[*store.Take]store.TakeResult) error {
 	for _, r := range records {
 		if err := check(r); err != nil {
 			return err
@@ -103,6 +109,7 @@ func (s *Store) commitAtOnce(ctx context.Context, c *pgx.Conn, records []*store.
 			return err
 		}
 	}
+	queueLimits(b, records, taken)
 	committed := false
 	b.Queue("COMMIT").Exec(func(tag pgconn.CommandTag) error {
 		committed = tag.String() == "COMMIT"
@@ -121,7 +128,7 @@ func (s *Store) commitAtOnce(ctx context.Context, c *pgx.Conn, records []*store.
 }
 
 // commitEach writes the records one by one, in one transaction, and leaves out those that fail.
-func (s *Store) commitEach(ctx context.Context, c *pgx.Conn, records []*store.Record, results []error, rowIDs map[*store.Record]string) error {
+func (s *Store) commitEach(ctx context.Context, c *pgx.Conn, records []*store.Record, results []error, rowIDs map[*store.Record]string, taken map[*store.Take]store.TakeResult) error {
 	tx, err := c.Begin(ctx)
 	if err != nil {
 		return err
@@ -132,7 +139,7 @@ func (s *Store) commitEach(ctx context.Context, c *pgx.Conn, records []*store.Re
 	}
 	waited := 0
 	for i, r := range records {
-		ofRow, err := s.commitOne(ctx, c, r, rowIDs)
+		ofRow, err := s.commitOne(ctx, c, r, rowIDs, taken)
 		if err == nil {
 			continue
 		}
@@ -169,7 +176,7 @@ func setLockTimeout(ctx context.Context, c *pgx.Conn, d time.Duration) error {
 
 // commitOne writes one record behind a savepoint. Its entity's row comes last and apart, so that what is
 // wrong with it can be told from the rest. Constraints are checked now, whatever they would wait for.
-func (s *Store) commitOne(ctx context.Context, c *pgx.Conn, r *store.Record, rowIDs map[*store.Record]string) (ofRow bool, err error) {
+func (s *Store) commitOne(ctx context.Context, c *pgx.Conn, r *store.Record, rowIDs map[*store.Record]string, taken map[*store.Take]store.TakeResult) (ofRow bool, err error) {
 	if err := check(r); err != nil {
 		return false, err
 	}
@@ -180,6 +187,7 @@ func (s *Store) commitOne(ctx context.Context, c *pgx.Conn, r *store.Record, row
 	b := &pgx.Batch{}
 	s.queue(b, []*store.Record{r})
 	if r.InsertRow == nil && r.UpdateRow == nil {
+		queueLimits(b, []*store.Record{r}, taken)
 		b.Queue("RELEASE SAVEPOINT record")
 		return false, c.SendBatch(ctx, b).Close()
 	}
@@ -191,6 +199,7 @@ func (s *Store) commitOne(ctx context.Context, c *pgx.Conn, r *store.Record, row
 	if err == nil {
 		b.Queue("SET CONSTRAINTS ALL IMMEDIATE")
 		b.Queue("SET CONSTRAINTS ALL DEFERRED")
+		queueLimits(b, []*store.Record{r}, taken)
 		b.Queue("RELEASE SAVEPOINT record")
 		return true, c.SendBatch(ctx, b).Close()
 	}
@@ -229,7 +238,7 @@ func check(r *store.Record) error {
 			return invalidf("step %s belongs to another run, %s", st.StepPath, st.RunID)
 		}
 	}
-	return nil
+	return checkLimits(r)
 }
 
 // queue adds the statements of records, but for entities' rows: a few for all of them, rows in the order of their ids so that two

@@ -8,6 +8,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
 // maintainLock is the advisory lock of the one who maintains.
@@ -85,5 +87,25 @@ func tidy(ctx context.Context, tx pgx.Tx) error {
 		return err
 	}
 	_, err = tx.Exec(ctx, "DELETE FROM jobs.tb_orchestrator WHERE buried_at < now() - make_interval(secs => $1)", buriedFor.Seconds())
+	if err != nil {
+		return err
+	}
+	return tidyLimits(ctx, tx)
+}
+
+// tidyLimits ends slots whose jobs have ended or are gone, deletes those that count no more, and forgets keys that were long not used.
+func tidyLimits(ctx context.Context, tx pgx.Tx) error {
+	_, err := tx.Exec(ctx, `UPDATE jobs.tb_limit_slot s SET ended_at = clock_timestamp(), until = clock_timestamp() + make_interval(secs => s.window_seconds)
+		WHERE s.ended_at IS NULL AND s.taken_at < now() - make_interval(secs => $1)
+			AND NOT EXISTS (SELECT FROM jobs.tb_job_run j WHERE j.id = s.job_id AND j.status IN ('pending', 'running'))`, store.StraySlot.Seconds())
+	if err != nil {
+		return err
+	}
+	if _, err = tx.Exec(ctx, "DELETE FROM jobs.tb_limit_slot WHERE ended_at IS NOT NULL AND until <= now()"); err != nil {
+		return err
+	}
+	_, err = tx.Exec(ctx, `DELETE FROM jobs.tb_limit WHERE key IN (SELECT l.key FROM jobs.tb_limit l
+		WHERE l.updated_at < now() - make_interval(secs => $1) AND coalesce(l.closed_until < now(), true)
+			AND NOT EXISTS (SELECT FROM jobs.tb_limit_slot s WHERE s.key = l.key) ORDER BY l.key FOR UPDATE SKIP LOCKED)`, store.IdleLimit.Seconds())
 	return err
 }

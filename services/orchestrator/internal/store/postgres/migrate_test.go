@@ -346,7 +346,7 @@ func TestValidate(t *testing.T) {
 		ALTER TABLE jobs.tb_job_run ENABLE TRIGGER tr_job_run_enqueue; ALTER TABLE jobs.tb_workflow_run ADD COLUMN cancel_reason text`)
 	applied, err := Migrate(t.Context(), Options{URL: url})
 	require.NoError(t, err)
-	require.Len(t, applied, 1)
+	require.Equal(t, versions(t), applied)
 	problems, err = Validate(t.Context(), Options{URL: url})
 	require.NoError(t, err)
 	require.Empty(t, problems)

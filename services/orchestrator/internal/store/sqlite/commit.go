@@ -22,29 +22,34 @@ func (s *Store) Commit(ctx context.Context, records []*store.Record) ([]error, e
 		return nil, nil
 	}
 	results := make([]error, len(records))
-	rowIDs := map[*store.Record]string{}
+	given := map[*store.Record]*application{}
 	err := s.write(ctx, func(w *writer) error {
-		return s.applyAll(w, records, results, rowIDs, false)
+		return s.applyAll(w, records, results, given, false)
 	})
 	if errors.Is(err, errRedo) {
 		clear(results)
-		clear(rowIDs)
+		clear(given)
 		err = s.write(context.WithoutCancel(ctx), func(w *writer) error {
-			return s.applyAll(w, records, results, rowIDs, true)
+			return s.applyAll(w, records, results, given, true)
 		})
 	}
 	if err != nil {
 		return nil, fmt.Errorf("commit %d records: %w", len(records), err)
 	}
-	for r, id := range rowIDs {
-		r.InsertRow.ID = id
+	for r, a := range given {
+		if a.rowID != "" {
+			r.InsertRow.ID = a.rowID
+		}
+		for i, result := range a.takes {
+			r.Takes[i].Result = result
+		}
 	}
 	return results, nil
 }
 
 // applyAll writes the records one after the other. There is no round trip to save within
 // one process: a prepared statement for each row is as quick as rows gathered into one.
-func (s *Store) applyAll(w *writer, records []*store.Record, results []error, rowIDs map[*store.Record]string, savepoints bool) error {
+func (s *Store) applyAll(w *writer, records []*store.Record, results []error, given map[*store.Record]*application, savepoints bool) error {
 	for i, r := range records {
 		a := &application{store: s, w: w, record: r, now: timeValue(s.timeNow())}
 		var err error
@@ -54,8 +59,8 @@ func (s *Store) applyAll(w *writer, records []*store.Record, results []error, ro
 			err = a.run()
 		}
 		if err == nil {
-			if a.rowID != "" {
-				rowIDs[r] = a.rowID
+			if a.rowID != "" || len(a.takes) > 0 {
+				given[r] = a
 			}
 			continue
 		}
@@ -81,6 +86,8 @@ type application struct {
 	wrote bool
 	// rowID is the key that the database gave to the entity's row; empty where the record has one.
 	rowID string
+	// takes are what became of the record's takes.
+	takes []store.TakeResult
 }
 
 // exec changes rows and notes that it did.
@@ -96,7 +103,7 @@ func (a *application) run() error {
 	if err := a.check(); err != nil {
 		return err
 	}
-	steps := []func() error{a.fence, a.entity, a.jobs, a.steps, a.signals}
+	steps := []func() error{a.fence, a.entity, a.jobs, a.steps, a.signals, a.limits}
 	if a.record.Create != nil {
 		steps[0] = a.create
 	}
@@ -128,6 +135,9 @@ func (a *application) check() error {
 		if st.RunID != r.RunID {
 			return invalidf("step %s belongs to another run, %s", st.StepPath, st.RunID)
 		}
+	}
+	if err := r.CheckLimits(); err != nil {
+		return invalid(err)
 	}
 	return nil
 }

@@ -163,6 +163,9 @@ const pruneBatch = 500
 
 // Maintain implements [store.Store].
 func (s *Store) Maintain(ctx context.Context, retain time.Duration) error {
+	if err := s.write(ctx, func(w *writer) error { return w.tidyLimits(s.timeNow()) }); err != nil {
+		return err
+	}
 	if retain <= 0 {
 		return nil
 	}

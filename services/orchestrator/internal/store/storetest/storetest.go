@@ -111,6 +111,15 @@ func Run(t *testing.T, open func(*testing.T) store.Store, options ...Option) {
 		{"Listen", s.testListen},
 		{"ListenEnds", testListenEnds},
 		{"Insight", testInsight},
+		{"Limits", testLimits},
+		{"LimitsTogether", testLimitsTogether},
+		{"LimitCost", testLimitCost},
+		{"LimitOfTheDead", testLimitOfTheDead},
+		{"LimitClosed", testLimitClosed},
+		{"LimitFold", testLimitFold},
+		{"LimitMaintain", testLimitMaintain},
+		{"ConcurrentTakes", testConcurrentTakes},
+		{"HostileLimits", testHostileLimits},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) { test.run(t, open(t)) })
