@@ -160,7 +160,7 @@ func (h *Handler) Describe(ctx context.Context, _ *runnerv1.DescribeRequest) (*r
 		return nil, fault.ToStatus(err).Err()
 	}
 	resp := &runnerv1.DescribeResponse{
-		Name: d.Name, Version: h.o.Version,
+		Name: d.Name, Version: h.o.Version, Now: timestamppb.Now(),
 		Capacity: int32(h.o.MaxConcurrency), InFlight: int32(h.InFlight()), //nolint:gosec // small
 	}
 	types := slices.Clone(d.Types)

@@ -887,7 +887,9 @@ func (*ListRunnersRequest) Descriptor() ([]byte, []int) {
 type ListRunnersResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// One for each configured execution type and address, sorted by both.
-	Runners       []*Runner `protobuf:"bytes,1,rep,name=runners,proto3" json:"runners,omitempty"`
+	Runners []*Runner `protobuf:"bytes,1,rep,name=runners,proto3" json:"runners,omitempty"`
+	// What the orchestrator's clock says.
+	Now           *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=now,proto3" json:"now,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -925,6 +927,13 @@ func (*ListRunnersResponse) Descriptor() ([]byte, []int) {
 func (x *ListRunnersResponse) GetRunners() []*Runner {
 	if x != nil {
 		return x.Runners
+	}
+	return nil
+}
+
+func (x *ListRunnersResponse) GetNow() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Now
 	}
 	return nil
 }
@@ -1239,9 +1248,10 @@ const file_specql_v1_registry_proto_rawDesc = "" +
 	"\x06Action\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12:\n" +
 	"\finput_schema\x18\x02 \x01(\v2\x17.google.protobuf.StructR\vinputSchema\"\x14\n" +
-	"\x12ListRunnersRequest\"B\n" +
+	"\x12ListRunnersRequest\"p\n" +
 	"\x13ListRunnersResponse\x12+\n" +
-	"\arunners\x18\x01 \x03(\v2\x11.specql.v1.RunnerR\arunners\"\xc3\x01\n" +
+	"\arunners\x18\x01 \x03(\v2\x11.specql.v1.RunnerR\arunners\x12,\n" +
+	"\x03now\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"\xc3\x01\n" +
 	"\x06Runner\x12%\n" +
 	"\x0eexecution_type\x18\x01 \x01(\tR\rexecutionType\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x1c\n" +
@@ -1319,24 +1329,25 @@ var file_specql_v1_registry_proto_depIdxs = []int32{
 	11, // 14: specql.v1.Entity.actions:type_name -> specql.v1.Action
 	19, // 15: specql.v1.Action.input_schema:type_name -> google.protobuf.Struct
 	14, // 16: specql.v1.ListRunnersResponse.runners:type_name -> specql.v1.Runner
-	20, // 17: specql.v1.Runner.description:type_name -> specql.runner.v1.DescribeResponse
-	17, // 18: specql.v1.SetExecutionTypesResponse.types:type_name -> specql.v1.ExecutionTypeState
-	18, // 19: specql.v1.ExecutionTypeState.changed_at:type_name -> google.protobuf.Timestamp
-	1,  // 20: specql.v1.RegistryService.ValidateRegistry:input_type -> specql.v1.ValidateRegistryRequest
-	4,  // 21: specql.v1.RegistryService.ApplyRegistry:input_type -> specql.v1.ApplyRegistryRequest
-	6,  // 22: specql.v1.RegistryService.GetRegistry:input_type -> specql.v1.GetRegistryRequest
-	12, // 23: specql.v1.RegistryService.ListRunners:input_type -> specql.v1.ListRunnersRequest
-	15, // 24: specql.v1.RegistryService.SetExecutionTypes:input_type -> specql.v1.SetExecutionTypesRequest
-	2,  // 25: specql.v1.RegistryService.ValidateRegistry:output_type -> specql.v1.ValidateRegistryResponse
-	5,  // 26: specql.v1.RegistryService.ApplyRegistry:output_type -> specql.v1.ApplyRegistryResponse
-	7,  // 27: specql.v1.RegistryService.GetRegistry:output_type -> specql.v1.GetRegistryResponse
-	13, // 28: specql.v1.RegistryService.ListRunners:output_type -> specql.v1.ListRunnersResponse
-	16, // 29: specql.v1.RegistryService.SetExecutionTypes:output_type -> specql.v1.SetExecutionTypesResponse
-	25, // [25:30] is the sub-list for method output_type
-	20, // [20:25] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	18, // 17: specql.v1.ListRunnersResponse.now:type_name -> google.protobuf.Timestamp
+	20, // 18: specql.v1.Runner.description:type_name -> specql.runner.v1.DescribeResponse
+	17, // 19: specql.v1.SetExecutionTypesResponse.types:type_name -> specql.v1.ExecutionTypeState
+	18, // 20: specql.v1.ExecutionTypeState.changed_at:type_name -> google.protobuf.Timestamp
+	1,  // 21: specql.v1.RegistryService.ValidateRegistry:input_type -> specql.v1.ValidateRegistryRequest
+	4,  // 22: specql.v1.RegistryService.ApplyRegistry:input_type -> specql.v1.ApplyRegistryRequest
+	6,  // 23: specql.v1.RegistryService.GetRegistry:input_type -> specql.v1.GetRegistryRequest
+	12, // 24: specql.v1.RegistryService.ListRunners:input_type -> specql.v1.ListRunnersRequest
+	15, // 25: specql.v1.RegistryService.SetExecutionTypes:input_type -> specql.v1.SetExecutionTypesRequest
+	2,  // 26: specql.v1.RegistryService.ValidateRegistry:output_type -> specql.v1.ValidateRegistryResponse
+	5,  // 27: specql.v1.RegistryService.ApplyRegistry:output_type -> specql.v1.ApplyRegistryResponse
+	7,  // 28: specql.v1.RegistryService.GetRegistry:output_type -> specql.v1.GetRegistryResponse
+	13, // 29: specql.v1.RegistryService.ListRunners:output_type -> specql.v1.ListRunnersResponse
+	16, // 30: specql.v1.RegistryService.SetExecutionTypes:output_type -> specql.v1.SetExecutionTypesResponse
+	26, // [26:31] is the sub-list for method output_type
+	21, // [21:26] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_specql_v1_registry_proto_init() }

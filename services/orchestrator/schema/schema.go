@@ -12,6 +12,14 @@ import (
 // Problem is what a database lacks: What is wrong, with its place, and the Mend.
 type Problem = postgres.Problem
 
+// Info is what a database says of itself.
+type Info = postgres.Info
+
+// Inspect asks a database for its versions and its clock, and changes nothing.
+func Inspect(ctx context.Context, url string) (*Info, error) {
+	return postgres.Inspect(ctx, postgres.Options{URL: url})
+}
+
 // Migrate brings the database at a URL to the schema that this program knows, and returns the names of the migrations
 // that it applied: none where nothing was amiss. Others may work in the database meanwhile. What the server warns of
 // goes to the logger, which may be nil.

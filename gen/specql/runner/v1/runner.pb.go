@@ -74,7 +74,9 @@ type DescribeResponse struct {
 	// How many jobs run now.
 	InFlight int32 `protobuf:"varint,5,opt,name=in_flight,json=inFlight,proto3" json:"in_flight,omitempty"`
 	// What the machine can do to hold a job.
-	Isolation     []*IsolationFeature `protobuf:"bytes,6,rep,name=isolation,proto3" json:"isolation,omitempty"`
+	Isolation []*IsolationFeature `protobuf:"bytes,6,rep,name=isolation,proto3" json:"isolation,omitempty"`
+	// What the runner's clock says.
+	Now           *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=now,proto3" json:"now,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -147,6 +149,13 @@ func (x *DescribeResponse) GetInFlight() int32 {
 func (x *DescribeResponse) GetIsolation() []*IsolationFeature {
 	if x != nil {
 		return x.Isolation
+	}
+	return nil
+}
+
+func (x *DescribeResponse) GetNow() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Now
 	}
 	return nil
 }
@@ -1365,14 +1374,15 @@ var File_specql_runner_v1_runner_proto protoreflect.FileDescriptor
 const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\n" +
 	"\x1dspecql/runner/v1/runner.proto\x12\x10specql.runner.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cspecql/runner/v1/usage.proto\"\x11\n" +
-	"\x0fDescribeRequest\"\xf2\x01\n" +
+	"\x0fDescribeRequest\"\xa0\x02\n" +
 	"\x10DescribeResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x125\n" +
 	"\x05types\x18\x03 \x03(\v2\x1f.specql.runner.v1.ExecutionTypeR\x05types\x12\x1a\n" +
 	"\bcapacity\x18\x04 \x01(\x05R\bcapacity\x12\x1b\n" +
 	"\tin_flight\x18\x05 \x01(\x05R\binFlight\x12@\n" +
-	"\tisolation\x18\x06 \x03(\v2\".specql.runner.v1.IsolationFeatureR\tisolation\"\xc8\x01\n" +
+	"\tisolation\x18\x06 \x03(\v2\".specql.runner.v1.IsolationFeatureR\tisolation\x12,\n" +
+	"\x03now\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"\xc8\x01\n" +
 	"\rExecutionType\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12#\n" +
 	"\rconfig_schema\x18\x02 \x01(\fR\fconfigSchema\x12#\n" +
@@ -1491,47 +1501,48 @@ var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*Renewed)(nil),               // 15: specql.runner.v1.Renewed
 	(*Log)(nil),                   // 16: specql.runner.v1.Log
 	(*Finished)(nil),              // 17: specql.runner.v1.Finished
-	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
-	(*ResourceUsage)(nil),         // 19: specql.runner.v1.ResourceUsage
-	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
+	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
+	(*ResourceUsage)(nil),         // 20: specql.runner.v1.ResourceUsage
 	(*Error)(nil),                 // 21: specql.runner.v1.Error
 	(*SecurityContext)(nil),       // 22: specql.runner.v1.SecurityContext
 }
 var file_specql_runner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: specql.runner.v1.DescribeResponse.types:type_name -> specql.runner.v1.ExecutionType
 	3,  // 1: specql.runner.v1.DescribeResponse.isolation:type_name -> specql.runner.v1.IsolationFeature
-	4,  // 2: specql.runner.v1.ValidateRequest.service:type_name -> specql.runner.v1.Service
-	5,  // 3: specql.runner.v1.ValidateRequest.operations:type_name -> specql.runner.v1.Operation
-	8,  // 4: specql.runner.v1.ValidateResponse.problems:type_name -> specql.runner.v1.Problem
-	10, // 5: specql.runner.v1.ExecuteRequest.start:type_name -> specql.runner.v1.Job
-	11, // 6: specql.runner.v1.ExecuteRequest.cancel:type_name -> specql.runner.v1.Cancel
-	12, // 7: specql.runner.v1.ExecuteRequest.renew:type_name -> specql.runner.v1.Renew
-	4,  // 8: specql.runner.v1.Job.service:type_name -> specql.runner.v1.Service
-	5,  // 9: specql.runner.v1.Job.operation:type_name -> specql.runner.v1.Operation
-	18, // 10: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
-	18, // 11: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
-	14, // 12: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
-	16, // 13: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
-	19, // 14: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
-	17, // 15: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
-	15, // 16: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
-	20, // 17: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
-	20, // 18: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
-	21, // 19: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
-	18, // 20: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
-	19, // 21: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
-	22, // 22: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
-	0,  // 23: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
-	6,  // 24: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
-	9,  // 25: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
-	1,  // 26: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
-	7,  // 27: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
-	13, // 28: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
-	26, // [26:29] is the sub-list for method output_type
-	23, // [23:26] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	18, // 2: specql.runner.v1.DescribeResponse.now:type_name -> google.protobuf.Timestamp
+	4,  // 3: specql.runner.v1.ValidateRequest.service:type_name -> specql.runner.v1.Service
+	5,  // 4: specql.runner.v1.ValidateRequest.operations:type_name -> specql.runner.v1.Operation
+	8,  // 5: specql.runner.v1.ValidateResponse.problems:type_name -> specql.runner.v1.Problem
+	10, // 6: specql.runner.v1.ExecuteRequest.start:type_name -> specql.runner.v1.Job
+	11, // 7: specql.runner.v1.ExecuteRequest.cancel:type_name -> specql.runner.v1.Cancel
+	12, // 8: specql.runner.v1.ExecuteRequest.renew:type_name -> specql.runner.v1.Renew
+	4,  // 9: specql.runner.v1.Job.service:type_name -> specql.runner.v1.Service
+	5,  // 10: specql.runner.v1.Job.operation:type_name -> specql.runner.v1.Operation
+	19, // 11: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
+	19, // 12: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
+	14, // 13: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
+	16, // 14: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
+	20, // 15: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
+	17, // 16: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
+	15, // 17: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
+	18, // 18: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
+	18, // 19: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
+	21, // 20: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
+	19, // 21: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
+	20, // 22: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
+	22, // 23: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
+	0,  // 24: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
+	6,  // 25: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
+	9,  // 26: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
+	1,  // 27: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
+	7,  // 28: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
+	13, // 29: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
+	27, // [27:30] is the sub-list for method output_type
+	24, // [24:27] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_specql_runner_v1_runner_proto_init() }

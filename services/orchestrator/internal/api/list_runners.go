@@ -5,6 +5,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
 )
@@ -29,5 +31,6 @@ func (r *Registry) ListRunners(ctx context.Context, _ *specqlv1.ListRunnersReque
 		})
 	}
 	wg.Wait()
+	resp.Now = timestamppb.Now()
 	return resp, nil
 }
