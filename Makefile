@@ -6,7 +6,7 @@ SHELL       := /bin/bash
 ROOT    := $(CURDIR)
 BIN     := $(ROOT)/.bin
 MODULES := gen pkg migrations services/orchestrator services/http-runner services/shell-runner services/docker-runner \
-           services/serverless-runner cmd/specql examples examples/custom-runner test/ddl test/e2e test/faults test/imports test/pgtest
+           services/serverless-runner cmd/specql examples examples/custom-runner test/ddl test/e2e test/faults test/imports test/pgtest bench
 PACKAGES := $(addprefix ./,$(addsuffix /...,$(MODULES)))
 FUZZTIME ?= 30s
 
@@ -88,6 +88,10 @@ SEED     ?= 0
 .PHONY: chaos
 chaos: ## Random faults for DURATION under load, then a check that nothing was lost; SEED repeats a schedule of faults
 	go test -count=1 -v -timeout 0 -run '^TestChaos$$' ./test/faults -chaos $(DURATION) -seed $(SEED)
+
+.PHONY: bench
+bench: ## What a durable workflow costs, in floors of this machine; the report goes to .cache/bench
+	GOWORK=off go -C bench run . -root ..
 
 .PHONY: bench-front-door
 bench-front-door: ## 10,000 rows inserted by one SQL statement, and how soon a single one is picked up

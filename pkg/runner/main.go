@@ -19,6 +19,7 @@ import (
 	"go.yaml.in/yaml/v4"
 
 	"github.com/specql/mesh/pkg/config"
+	"github.com/specql/mesh/pkg/memory"
 	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/pkg/telemetry"
 )
@@ -28,6 +29,8 @@ const (
 	defaultListen  = ":9090"
 	insecureListen = "127.0.0.1:9090"
 	maxPolicyBytes = 1 << 20
+	// garbage is how many bytes of it may gather before they are collected.
+	garbage = 32 << 20
 )
 
 // Env is what [Main] gives to the program that it starts.
@@ -59,6 +62,7 @@ func Main(name string, build func(context.Context, *Env) (JobRunner, error), opt
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // from then on a signal ends the process
+	memory.AllowGarbage(garbage)
 	return program{name: name, build: build, options: options, lookup: os.LookupEnv, out: os.Stderr}.run(ctx, os.Args[1:])
 }
 

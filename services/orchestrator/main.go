@@ -21,6 +21,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/specql/mesh/pkg/config"
+	"github.com/specql/mesh/pkg/memory"
 	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/pkg/spec"
 	"github.com/specql/mesh/pkg/telemetry"
@@ -28,6 +29,9 @@ import (
 )
 
 func main() { os.Exit(run()) }
+
+// garbage is how many bytes of it may gather before they are collected.
+const garbage = 64 << 20
 
 type settings struct {
 	listen, console, metrics          string
@@ -86,6 +90,7 @@ func run() int {
 		fmt.Fprintf(os.Stderr, "orchestrator: %v\n", err)
 		return 2
 	}
+	memory.AllowGarbage(garbage)
 	if err := listen(ctx, &s, &o); err != nil {
 		o.Logger.Error("ended", "error", err)
 		return 1

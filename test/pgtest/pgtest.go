@@ -250,6 +250,9 @@ func (c *Cluster) Close() error {
 	return err
 }
 
+// Bin is the folder of the installation's programs.
+func (c *Cluster) Bin() string { return c.tools.bin }
+
 // PID is the process id of the server; 0 while it is stopped.
 func (c *Cluster) PID() int {
 	c.mu.Lock()

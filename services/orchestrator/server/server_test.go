@@ -238,6 +238,33 @@ func TestExecuteAndWait(t *testing.T) {
 	require.Equal(t, "VALIDATION", second.GetError().GetCode())
 }
 
+// A start that is repeated is answered with the first one's run: from memory, by the database, and also once what it
+// asks for is not valid any more.
+func TestARepeatedStartIsTheFirstOne(t *testing.T) {
+	t.Parallel()
+	data := t.TempDir()
+	s := start(t, data)
+	req := &specqlv1.ExecuteActionRequest{Workflow: workflow("say"), Wait: durationpb.New(time.Minute), IdempotencyKey: "k"}
+	first := s.execute(req)
+	require.Equal(t, specqlv1.Status_STATUS_COMPLETED, first.GetStatus())
+	require.Equal(t, first.GetId(), s.execute(req).GetId(), "from memory")
+	other := s.execute(&specqlv1.ExecuteActionRequest{Workflow: workflow("say"), IdempotencyKey: "another"})
+	require.NotEqual(t, first.GetId(), other.GetId())
+	s.stop()
+	s = start(t, data)
+	require.Equal(t, first.GetId(), s.execute(req).GetId(), "the database refuses the second one")
+	s.stop()
+	s = start(t, data, func(o *server.Options) {
+		o.Registry = &spec.File{Name: "registry.yaml", Content: []byte(strings.ReplaceAll(echoRegistry, "say", "tell"))}
+		o.Entities = nil
+	})
+	again := s.execute(req)
+	require.Equal(t, first.GetId(), again.GetId(), "its operation is gone")
+	require.Equal(t, specqlv1.Status_STATUS_COMPLETED, again.GetStatus())
+	_, err := s.o.ExecuteAction(t.Context(), &specqlv1.ExecuteActionRequest{Workflow: workflow("say"), IdempotencyKey: "new"})
+	require.Equal(t, codes.InvalidArgument, status.Code(err))
+}
+
 func TestBadRequestsNameTheirFields(t *testing.T) {
 	t.Parallel()
 	s := start(t, t.TempDir())

@@ -57,6 +57,8 @@ type Orchestrator struct {
 	Registry *registry.Registry
 	Intake   *intake.Intake
 	Logger   *slog.Logger
+
+	keys recentKeys
 }
 
 // Registry answers RegistryService.
@@ -119,6 +121,19 @@ func (o *Orchestrator) get(ctx context.Context, id string) (*specqlv1.Run, error
 	if err != nil {
 		return nil, fmt.Errorf("read the jobs of run %s: %w", id, err)
 	}
+	out := fullProto(run, jobs)
+	waiting, err := o.Engine.Waiting(ctx, run)
+	if err != nil {
+		return nil, fmt.Errorf("read the steps of run %s: %w", id, err)
+	}
+	for _, s := range waiting {
+		out.Waiting = append(out.Waiting, stepProto(s))
+	}
+	return out, nil
+}
+
+// fullProto is a run with its jobs.
+func fullProto(run *store.Run, jobs []*store.Job) *specqlv1.Run {
 	out := runProto(run)
 	budget := maxAnswer
 	for _, j := range jobs {
@@ -135,12 +150,5 @@ func (o *Orchestrator) get(ctx context.Context, id string) (*specqlv1.Run, error
 		budget -= size
 		out.Jobs = append(out.Jobs, jobProto(j))
 	}
-	waiting, err := o.Engine.Waiting(ctx, run)
-	if err != nil {
-		return nil, fmt.Errorf("read the steps of run %s: %w", id, err)
-	}
-	for _, s := range waiting {
-		out.Waiting = append(out.Waiting, stepProto(s))
-	}
-	return out, nil
+	return out
 }

@@ -45,13 +45,22 @@ func timeProto(t time.Time) *timestamppb.Timestamp {
 	return timestamppb.New(t)
 }
 
-// value reads stored JSON; nil where there is none or it is damaged.
+// value reads stored JSON, or JSON as it came, in which a name may be there twice: the last one counts, as in the
+// database. It is nil where there is none or it is damaged.
 func value(raw json.RawMessage) *structpb.Value {
 	if len(raw) == 0 {
 		return nil
 	}
 	v := &structpb.Value{}
-	if err := protojson.Unmarshal(raw, v); err != nil {
+	if err := protojson.Unmarshal(raw, v); err == nil {
+		return v
+	}
+	var plain any
+	if json.Unmarshal(raw, &plain) != nil {
+		return nil
+	}
+	v, err := structpb.NewValue(plain)
+	if err != nil {
 		return nil
 	}
 	return v

@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"errors"
+	"sync"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
@@ -16,24 +17,27 @@ func (o *Orchestrator) ExecuteAction(ctx context.Context, req *specqlv1.ExecuteA
 	if err := checkExecuteAction(req); err != nil {
 		return nil, err
 	}
-	if key := req.GetIdempotencyKey(); key != "" {
-		// What the first request asked for may not be valid any more; its run is there.
-		run, err := o.Store.RunByKey(ctx, "", key)
-		if err == nil {
-			return o.answer(ctx, req, run)
-		}
-		if !errors.Is(err, store.ErrNotFound) {
+	if run, err := o.known(ctx, req.GetIdempotencyKey()); err != nil || run != nil {
+		if err != nil {
 			return nil, err
 		}
+		return o.answer(ctx, req, run)
 	}
 	start, err := o.Intake.Prepare(ctx, &intake.Request{
 		Workflow: req.GetWorkflow(), Entity: req.GetEntity(), Action: req.GetAction(), EntityID: req.GetEntityId(), Input: req.GetInput().AsMap(),
 		IdempotencyKey: req.GetIdempotencyKey(), CorrelationID: req.GetCorrelationId(), Subject: subject(ctx),
 	})
-	if missing, ok := errors.AsType[*intake.NotFoundError](err); ok {
-		return nil, notFound(missing.Kind, missing.Name, missing.Mend)
-	}
 	if err != nil {
+		// What the first request with the key asked for may not be valid any more; its run is there.
+		if run, failed := o.first(ctx, req.GetIdempotencyKey()); failed != nil || run != nil {
+			if failed != nil {
+				return nil, failed
+			}
+			return o.answer(ctx, req, run)
+		}
+		if missing, ok := errors.AsType[*intake.NotFoundError](err); ok {
+			return nil, notFound(missing.Kind, missing.Name, missing.Mend)
+		}
 		return nil, err
 	}
 	run, err := o.Engine.Start(ctx, start)
@@ -48,7 +52,72 @@ func (o *Orchestrator) ExecuteAction(ctx context.Context, req *specqlv1.ExecuteA
 		}
 		return nil, fault.Wrap(err, fault.Unavailable, "the run could not be made durable; ask again with the same idempotency key")
 	}
+	o.keys.add(req.GetIdempotencyKey(), run.ID)
 	return o.answer(ctx, req, run)
+}
+
+// known finds a run that was started with a key a short time ago; nil where it is not known here. The database
+// knows every key, and refuses the second run: that spares a question before each start. But a record that it refuses costs those
+// that are written with it time, so that who repeats a start often is answered from memory.
+func (o *Orchestrator) known(ctx context.Context, key string) (*store.Run, error) {
+	id := o.keys.get(key)
+	if id == "" {
+		return nil, nil
+	}
+	run, err := o.Store.Run(ctx, id)
+	if errors.Is(err, store.ErrNotFound) { // it was deleted since
+		return nil, nil
+	}
+	return run, err
+}
+
+// first finds the run that was started with a key; nil for none.
+func (o *Orchestrator) first(ctx context.Context, key string) (*store.Run, error) {
+	if key == "" {
+		return nil, nil
+	}
+	run, err := o.Store.RunByKey(ctx, "", key)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, nil
+	}
+	return run, err
+}
+
+// mostKeys is how many keys one generation of [recentKeys] holds: a few megabytes.
+const mostKeys = 10_000
+
+// recentKeys remembers the runs of the idempotency keys that were used last. The zero value is empty.
+type recentKeys struct {
+	mu sync.Mutex
+	// young is filled until it takes the place of old.
+	young, old map[string]string
+}
+
+func (k *recentKeys) get(key string) (runID string) {
+	if key == "" {
+		return ""
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if id, ok := k.young[key]; ok {
+		return id
+	}
+	return k.old[key]
+}
+
+func (k *recentKeys) add(key, runID string) {
+	if key == "" {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.young) >= mostKeys {
+		k.young, k.old = nil, k.young
+	}
+	if k.young == nil {
+		k.young = map[string]string{}
+	}
+	k.young[key] = runID
 }
 
 // answer gives the run as it is, or once it has ended.
@@ -58,6 +127,10 @@ func (o *Orchestrator) answer(ctx context.Context, req *specqlv1.ExecuteActionRe
 	}
 	wctx, cancel := context.WithTimeout(ctx, req.GetWait().AsDuration())
 	defer cancel()
+	// A run that ends here is known without asking the database.
+	if ended, jobs := o.Engine.Await(wctx, run.ID); ended != nil {
+		return &specqlv1.ExecuteActionResponse{Run: fullProto(ended, jobs)}, nil
+	}
 	if err := o.Engine.Wait(wctx, run.ID); err != nil && wctx.Err() == nil {
 		return nil, runError(err, run.ID, "")
 	}

@@ -4,11 +4,13 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -311,7 +313,7 @@ func (e *Engine) begin(ctx context.Context, req *StartRequest) (*store.Run, erro
 	row := rec.Create
 	row.Status, row.StartedAt = store.Running, row.CreatedAt
 	r := newRun(e, row, req.Plan)
-	r.input, r.entityRow = input, entityRow
+	r.input, r.entityRow, r.whole = input, entityRow, true
 	if req.Adopt != nil {
 		j := *req.Adopt
 		j.Adopted, j.RunID, j.StepPath = true, row.ID, req.Plan.Calls()[0].Path()
@@ -592,6 +594,33 @@ func (e *Engine) Signal(ctx context.Context, id, name string, payload json.RawMe
 // Wait returns when a run has ended.
 func (e *Engine) Wait(ctx context.Context, id string) error {
 	return e.Watch(ctx, id, 0, false, func(*Event) error { return nil })
+}
+
+// Await waits for the end of a run that is walked here from its beginning, and gives it with its jobs, in the order of
+// their start, all of it durable. It gives nil for any other run, and for one that has not ended when ctx does.
+func (e *Engine) Await(ctx context.Context, id string) (*store.Run, []*store.Job) {
+	r := e.running(id)
+	if r == nil || !r.whole {
+		return nil, nil
+	}
+	select {
+	case <-r.gone:
+	case <-ctx.Done():
+		return nil, nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.written {
+		return nil, nil
+	}
+	state, jobs := r.state, make([]*store.Job, 0, len(r.jobs))
+	for _, j := range r.jobs {
+		jobs = append(jobs, j)
+	}
+	slices.SortFunc(jobs, func(a, b *store.Job) int {
+		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), cmp.Compare(a.ID, b.ID))
+	})
+	return &state, jobs
 }
 
 // Waiting returns the steps other than calls that hold a run up now.

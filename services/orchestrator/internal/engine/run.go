@@ -57,6 +57,10 @@ type run struct {
 	signals   []*store.Signal
 	signalled chan struct{} // closed and replaced at each arrival
 
+	// whole says that the run began here, so that no job of it is in the store alone; written, that
+	// its end is durable as it is here.
+	whole, written bool
+
 	// lost is why the journal took no record; the walk ends and someone else goes on.
 	lost error
 	// fatal is why the database will never take a record; the run fails with it. refused are
@@ -693,6 +697,7 @@ func (r *run) conclude(err error) {
 		ferr := r.flush(context.WithoutCancel(r.ctx))
 		if ferr == nil {
 			r.mu.Lock()
+			r.written = r.fatal == nil
 			began := r.state.StartedAt
 			r.mu.Unlock()
 			r.e.Observer.RunEnded(r.ctx, change.Status, change.CompletedAt.Sub(began))

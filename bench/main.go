@@ -1,0 +1,205 @@
+// Command bench measures what a durable workflow costs, in floors of the machine that it runs on: how many
+// transactions its PostgreSQL commits, how fast a bare gRPC call is. Everything is real: processes of
+// their own, mutual TLS, fsync. See docs/performance.md.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/specql/mesh/pkg/client"
+	"github.com/specql/mesh/pkg/mesh"
+	"github.com/specql/mesh/test/pgtest"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	err := run(ctx, os.Args[1:], os.Stderr)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// settings are PostgreSQL's, beside fsync, synchronous_commit and full_page_writes, which are on.
+var settings = []string{"shared_buffers=512MB", "max_wal_size=4GB"}
+
+type bench struct {
+	progress io.Writer
+	dir, bin string
+	ca       *mesh.Authority
+	cluster  *pgtest.Cluster
+	db       *pgxpool.Pool
+	floor    *pgbench
+	echo     *echo
+	duration time.Duration
+	results  []*result
+}
+
+func run(ctx context.Context, args []string, progress io.Writer) (err error) {
+	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
+	root := fs.String("root", ".", "top of the repository")
+	out := fs.String("out", "", "folder of the report; .cache/bench of the repository if empty")
+	repeat := fs.Int("repeat", 5, "how often everything is measured, in turn")
+	duration := fs.Duration("duration", 3*time.Second, "how long one workload is driven")
+	floorSeconds := fs.Int("floor-seconds", 1, "how long the database's own rate is measured before each workload")
+	only := fs.String("shapes", ".", "regular expression: the workloads to measure, such as '1 step x 32'")
+	serve := fs.Bool("serve", false, "start everything, print the addresses and wait, to look at it by other means")
+	guard := fs.Bool("guard", false, "measure little, and fail where a ratio is worse than its bound")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	wanted, err := regexp.Compile(*only)
+	if err != nil {
+		return fmt.Errorf("-shapes: %w", err)
+	}
+	b := &bench{progress: progress, duration: *duration}
+	if *out == "" {
+		*out = filepath.Join(*root, ".cache", "bench")
+	}
+	for _, dir := range []*string{root, out} {
+		if *dir, err = filepath.Abs(*dir); err != nil {
+			return err
+		}
+	}
+	b.dir, b.bin = filepath.Join(*out, "logs"), filepath.Join(*out, "bin")
+	for _, dir := range []string{b.dir, b.bin} {
+		if err := os.MkdirAll(dir, 0o750); err != nil {
+			return err
+		}
+	}
+	b.sayf("building")
+	if err := programs(ctx, *root, b.bin); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.close()) }()
+	database, err := b.startFloors(ctx, *floorSeconds)
+	if err != nil {
+		return err
+	}
+	s, err := startSystem(ctx, b.ca, b.bin, b.dir, database)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.end()) }()
+	m := &meter{db: b.db, parts: map[string]int{"postgresql": b.cluster.PID(), "orchestrator": s.orchestrator.cmd.Process.Pid, "runner": s.runner.cmd.Process.Pid}}
+	if *serve {
+		b.sayf("orchestrator at %s, certificates in %s, database %s", s.client.Conn().Target(), b.dir, database)
+		<-ctx.Done()
+		return nil
+	}
+	if *guard {
+		return b.guard(ctx, m, s.client)
+	}
+	if err := b.warmUp(ctx, s.client); err != nil {
+		return err
+	}
+	for n := range *repeat {
+		for _, sh := range shapes() {
+			for _, concurrency := range []int{1, 32, 64} {
+				if !wanted.MatchString(fmt.Sprintf("%s x %d", sh.name, concurrency)) {
+					continue
+				}
+				if err := b.measure(ctx, m, s.client, sh, concurrency); err != nil {
+					return fmt.Errorf("%s, %d at once: %w", sh.name, concurrency, err)
+				}
+			}
+		}
+		b.sayf("%d of %d rounds done", n+1, *repeat)
+	}
+	return b.report(*out)
+}
+
+func (b *bench) sayf(format string, args ...any) {
+	_, _ = fmt.Fprintf(b.progress, format+"\n", args...)
+}
+
+func (b *bench) startFloors(ctx context.Context, seconds int) (database string, err error) {
+	if b.ca, err = mesh.NewAuthority(); err != nil {
+		return "", err
+	}
+	if b.cluster, err = pgtest.New("", settings...); err != nil {
+		return "", err
+	}
+	if database, err = b.cluster.CreateDatabase(); err != nil {
+		return "", err
+	}
+	if b.db, err = pgxpool.New(ctx, database); err != nil {
+		return "", err
+	}
+	if _, err := b.db.Exec(ctx, "CREATE TABLE bench_floor (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, payload text NOT NULL)"); err != nil {
+		return "", err
+	}
+	if b.floor, err = newPgbench(b.dir, b.cluster.Bin(), database, seconds); err != nil {
+		return "", err
+	}
+	b.echo, err = newEcho(ctx, b.ca)
+	return database, err
+}
+
+func (b *bench) close() error {
+	var errs []error
+	if b.echo != nil {
+		errs = append(errs, b.echo.end())
+	}
+	if b.db != nil {
+		b.db.Close()
+	}
+	if b.cluster != nil {
+		errs = append(errs, b.cluster.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// warmUp has everything compiled, prepared and connected that is so once.
+func (b *bench) warmUp(ctx context.Context, c *client.Client) error {
+	for _, sh := range shapes() {
+		for range 3 {
+			if err := execute(ctx, c, sh); err != nil {
+				return fmt.Errorf("%s: %w", sh.name, err)
+			}
+		}
+	}
+	return nil
+}
+
+func execute(ctx context.Context, c *client.Client, sh shape) error {
+	_, err := c.ExecuteAndWait(ctx, client.Action{Workflow: sh.workflow})
+	return err
+}
+
+// measure takes the floors, then the workload.
+func (b *bench) measure(ctx context.Context, m *meter, c *client.Client, sh shape, concurrency int) error {
+	f1, err := b.floor.rate(ctx, 1)
+	if err != nil {
+		return err
+	}
+	f32, err := b.floor.rate(ctx, 32)
+	if err != nil {
+		return err
+	}
+	_, echo, err := spin(ctx, 1, 200*time.Millisecond, b.echo.call)
+	if err != nil {
+		return err
+	}
+	r, err := load{concurrency: concurrency, duration: b.duration}.measure(ctx, m, func(ctx context.Context) error { return execute(ctx, c, sh) })
+	if err != nil {
+		return err
+	}
+	r.System, r.Shape, r.Steps, r.F1, r.F32, r.EchoMs = "SpecQL Mesh", sh.name, sh.steps, f1, f32, ms(echo)
+	b.results = append(b.results, r)
+	b.sayf("%-16s x %-3d p50 %8.2f ms %8.1f/s  /F32 %.4f  writes %7.3f  CPU %8.3f ms (%.3f a step: %s)  F1 %.0f F32 %.0f echo %.3f ms",
+		sh.name, concurrency, r.P50Ms, r.PerSecond, r.rate(), r.Writes, r.CPUMs, r.stepCPU(), parts(r), f1, f32, r.EchoMs)
+	return nil
+}
