@@ -1,6 +1,6 @@
 // Command bench measures what a durable workflow costs, in floors of the machine that it runs on: how many
 // transactions its PostgreSQL commits, how fast a bare gRPC call is. Everything is real: processes of
-// their own, mutual TLS, fsync. See docs/performance.md.
+// their own, mutual TLS, fsync.
 package main
 
 import (
@@ -56,7 +56,6 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 	floorSeconds := fs.Int("floor-seconds", 1, "how long the database's own rate is measured before each workload")
 	only := fs.String("shapes", ".", "regular expression: the workloads to measure, such as '1 step x 32'")
 	serve := fs.Bool("serve", false, "start everything, print the addresses and wait, to look at it by other means")
-	guard := fs.Bool("guard", false, "measure little, and fail where a ratio is worse than its bound")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
@@ -98,9 +97,6 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 		b.sayf("orchestrator at %s, certificates in %s, database %s", s.client.Conn().Target(), b.dir, database)
 		<-ctx.Done()
 		return nil
-	}
-	if *guard {
-		return b.guard(ctx, m, s.client)
 	}
 	if err := b.warmUp(ctx, s.client); err != nil {
 		return err
