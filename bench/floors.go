@@ -158,11 +158,51 @@ func httpFloor(ctx context.Context, n int, d time.Duration) (float64, time.Durat
 	})
 	client.CloseIdleConnections()
 	err = errors.Join(err, srv.Close())
-	<-done
+	if ended := <-done; !errors.Is(ended, http.ErrServerClosed) {
+		err = errors.Join(err, ended)
+	}
 	return rate, p50, err
 }
 
 // execFloor is how fast the machine starts programs that do nothing.
 func execFloor(ctx context.Context, n int, d time.Duration) (float64, time.Duration, error) {
 	return spin(ctx, n, d, func(ctx context.Context) error { return exec.CommandContext(ctx, "/bin/true").Run() })
+}
+
+// floor is what the machine itself is capable of, so many at once.
+type floor struct {
+	Name        string  `json:"name"`
+	Concurrency int     `json:"concurrency"`
+	PerSecond   float64 `json:"per_second"`
+	P50Ms       float64 `json:"p50_ms"`
+}
+
+// measureFloors takes all floors once.
+func (b *bench) measureFloors(ctx context.Context) error {
+	const long = 500 * time.Millisecond
+	for _, n := range []int{1, 8, 32} {
+		rate, err := b.floor.rate(ctx, n)
+		if err != nil {
+			return err
+		}
+		b.floors = append(b.floors, floor{"PostgreSQL: insert and update of a row, one commit (pgbench)", n, rate, float64(n) / rate * 1000})
+	}
+	for _, f := range []struct {
+		name string
+		at   []int
+		run  func(n int) (float64, time.Duration, error)
+	}{
+		{"gRPC unary call with mutual TLS, nothing behind it", []int{1, 8, 64}, func(n int) (float64, time.Duration, error) { return spin(ctx, n, long, b.echo.call) }},
+		{"net/http GET, nothing behind it", []int{1, 8, 64}, func(n int) (float64, time.Duration, error) { return httpFloor(ctx, n, long) }},
+		{"fork and exec of /bin/true", []int{1, 2, 8}, func(n int) (float64, time.Duration, error) { return execFloor(ctx, n, long) }},
+	} {
+		for _, n := range f.at {
+			rate, p50, err := f.run(n)
+			if err != nil {
+				return fmt.Errorf("%s: %w", f.name, err)
+			}
+			b.floors = append(b.floors, floor{f.name, n, rate, ms(p50)})
+		}
+	}
+	return nil
 }

@@ -45,6 +45,7 @@ type bench struct {
 	echo     *echo
 	duration time.Duration
 	results  []*result
+	floors   []floor
 }
 
 func run(ctx context.Context, args []string, progress io.Writer) (err error) {
@@ -102,6 +103,9 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 		return err
 	}
 	for n := range *repeat {
+		if err := b.measureFloors(ctx); err != nil {
+			return err
+		}
 		for _, sh := range shapes() {
 			for _, concurrency := range []int{1, 32, 64} {
 				if !wanted.MatchString(fmt.Sprintf("%s x %d", sh.name, concurrency)) {

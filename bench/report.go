@@ -19,7 +19,7 @@ func parts(r *result) string {
 }
 
 func (b *bench) report(dir string) error {
-	raw, err := json.MarshalIndent(b.results, "", "  ")
+	raw, err := json.MarshalIndent(map[string]any{"floors": b.floors, "workloads": b.results}, "", "  ")
 	if err != nil {
 		return err
 	}

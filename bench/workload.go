@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -42,8 +41,6 @@ type result struct {
 	CPUMs  float64            `json:"cpu_ms"`
 	CPU    map[string]float64 `json:"cpu_ms_by_part"`
 }
-
-func (r *result) key() string { return fmt.Sprintf("%s|%s|%d", r.System, r.Shape, r.Concurrency) }
 
 // rate is workflows a second in transactions a second that the database is capable of.
 func (r *result) rate() float64 { return r.PerSecond / r.F32 }
