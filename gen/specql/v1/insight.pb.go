@@ -7,8 +7,11 @@
 package specqlv1
 
 import (
+	v1 "github.com/specql/mesh/gen/specql/runner/v1"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
+	structpb "google.golang.org/protobuf/types/known/structpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -1145,7 +1148,14 @@ type SecurityViolation struct {
 	// The tenant that the run belongs to.
 	TenantId string `protobuf:"bytes,13,opt,name=tenant_id,json=tenantId,proto3" json:"tenant_id,omitempty"`
 	// When.
-	OccurredAt    *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=occurred_at,json=occurredAt,proto3" json:"occurred_at,omitempty"`
+	OccurredAt *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=occurred_at,json=occurredAt,proto3" json:"occurred_at,omitempty"`
+	// POLICY_VIOLATION, RESOURCE_EXCEEDED, RATE_LIMITED or BUDGET_EXCEEDED.
+	ErrorCode string `protobuf:"bytes,15,opt,name=error_code,json=errorCode,proto3" json:"error_code,omitempty"`
+	// Where the rule stands in the registry that the run began with, as file:line:column. Empty for
+	// a rule of the operator's policy alone, and where it was not recorded.
+	RuleSource string `protobuf:"bytes,16,opt,name=rule_source,json=ruleSource,proto3" json:"rule_source,omitempty"`
+	// The smallest changes of policies that together would allow it; empty where none would.
+	AllowedBy     []*v1.PolicyChange `protobuf:"bytes,17,rep,name=allowed_by,json=allowedBy,proto3" json:"allowed_by,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1278,6 +1288,692 @@ func (x *SecurityViolation) GetOccurredAt() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *SecurityViolation) GetErrorCode() string {
+	if x != nil {
+		return x.ErrorCode
+	}
+	return ""
+}
+
+func (x *SecurityViolation) GetRuleSource() string {
+	if x != nil {
+		return x.RuleSource
+	}
+	return ""
+}
+
+func (x *SecurityViolation) GetAllowedBy() []*v1.PolicyChange {
+	if x != nil {
+		return x.AllowedBy
+	}
+	return nil
+}
+
+// ReplayPolicyRequest says which policy, and which jobs.
+type ReplayPolicyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Which jobs; the service is needed.
+	Filter *JobFilter `protobuf:"bytes,1,opt,name=filter,proto3" json:"filter,omitempty"`
+	// The whole security policy in question.
+	SecurityPolicy *structpb.Struct `protobuf:"bytes,2,opt,name=security_policy,json=securityPolicy,proto3" json:"security_policy,omitempty"`
+	// At most so many jobs; 500 if absent, 1,000 at most.
+	PageSize int32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// The next_page_token of the page before; empty for the newest jobs.
+	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayPolicyRequest) Reset() {
+	*x = ReplayPolicyRequest{}
+	mi := &file_specql_v1_insight_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayPolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayPolicyRequest) ProtoMessage() {}
+
+func (x *ReplayPolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_insight_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayPolicyRequest.ProtoReflect.Descriptor instead.
+func (*ReplayPolicyRequest) Descriptor() ([]byte, []int) {
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ReplayPolicyRequest) GetFilter() *JobFilter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+func (x *ReplayPolicyRequest) GetSecurityPolicy() *structpb.Struct {
+	if x != nil {
+		return x.SecurityPolicy
+	}
+	return nil
+}
+
+func (x *ReplayPolicyRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ReplayPolicyRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+// ReplayPolicyResponse holds a page, newest jobs first.
+type ReplayPolicyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The jobs of the page that ended. Jobs that were cancelled are left out.
+	Jobs []*ReplayedJob `protobuf:"bytes,1,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	// For the next page; empty where there is none.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayPolicyResponse) Reset() {
+	*x = ReplayPolicyResponse{}
+	mi := &file_specql_v1_insight_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayPolicyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayPolicyResponse) ProtoMessage() {}
+
+func (x *ReplayPolicyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_insight_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayPolicyResponse.ProtoReflect.Descriptor instead.
+func (*ReplayPolicyResponse) Descriptor() ([]byte, []int) {
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ReplayPolicyResponse) GetJobs() []*ReplayedJob {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+func (x *ReplayPolicyResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// ReplayedJob is a job of the past under a policy in question.
+type ReplayedJob struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job.
+	JobId string `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	// The job's run; empty for a job of no run.
+	RunId string `protobuf:"bytes,2,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	// The operation called.
+	Operation string `protobuf:"bytes,3,opt,name=operation,proto3" json:"operation,omitempty"`
+	// Its state: completed or failed.
+	Status string `protobuf:"bytes,4,opt,name=status,proto3" json:"status,omitempty"`
+	// Its error code; empty where it completed.
+	ErrorCode string `protobuf:"bytes,5,opt,name=error_code,json=errorCode,proto3" json:"error_code,omitempty"`
+	// Whether a policy or a limit of it forbade the job.
+	WasDenied bool `protobuf:"varint,6,opt,name=was_denied,json=wasDenied,proto3" json:"was_denied,omitempty"`
+	// Whether the policy in question would forbid it.
+	WouldBeDenied bool `protobuf:"varint,7,opt,name=would_be_denied,json=wouldBeDenied,proto3" json:"would_be_denied,omitempty"`
+	// What would forbid it.
+	Denied []*v1.PolicyCheck `protobuf:"bytes,8,rep,name=denied,proto3" json:"denied,omitempty"`
+	// The error code that it would have; empty where it would not be denied.
+	WouldBeErrorCode string `protobuf:"bytes,9,opt,name=would_be_error_code,json=wouldBeErrorCode,proto3" json:"would_be_error_code,omitempty"`
+	// What the record does not tell and the policy would have to know. A job that would not be
+	// denied as far as is known may be for one of these.
+	Unknown []string `protobuf:"bytes,10,rep,name=unknown,proto3" json:"unknown,omitempty"`
+	// When it was recorded.
+	CreatedAt *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	// Who asked for the run.
+	Subject       string `protobuf:"bytes,12,opt,name=subject,proto3" json:"subject,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplayedJob) Reset() {
+	*x = ReplayedJob{}
+	mi := &file_specql_v1_insight_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplayedJob) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplayedJob) ProtoMessage() {}
+
+func (x *ReplayedJob) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_insight_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplayedJob.ProtoReflect.Descriptor instead.
+func (*ReplayedJob) Descriptor() ([]byte, []int) {
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ReplayedJob) GetJobId() string {
+	if x != nil {
+		return x.JobId
+	}
+	return ""
+}
+
+func (x *ReplayedJob) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+func (x *ReplayedJob) GetOperation() string {
+	if x != nil {
+		return x.Operation
+	}
+	return ""
+}
+
+func (x *ReplayedJob) GetStatus() string {
+	if x != nil {
+		return x.Status
+	}
+	return ""
+}
+
+func (x *ReplayedJob) GetErrorCode() string {
+	if x != nil {
+		return x.ErrorCode
+	}
+	return ""
+}
+
+func (x *ReplayedJob) GetWasDenied() bool {
+	if x != nil {
+		return x.WasDenied
+	}
+	return false
+}
+
+func (x *ReplayedJob) GetWouldBeDenied() bool {
+	if x != nil {
+		return x.WouldBeDenied
+	}
+	return false
+}
+
+func (x *ReplayedJob) GetDenied() []*v1.PolicyCheck {
+	if x != nil {
+		return x.Denied
+	}
+	return nil
+}
+
+func (x *ReplayedJob) GetWouldBeErrorCode() string {
+	if x != nil {
+		return x.WouldBeErrorCode
+	}
+	return ""
+}
+
+func (x *ReplayedJob) GetUnknown() []string {
+	if x != nil {
+		return x.Unknown
+	}
+	return nil
+}
+
+func (x *ReplayedJob) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *ReplayedJob) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+// ListAlertsRequest chooses alerts.
+type ListAlertsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only this alert; empty for all.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// How many past changes to tell of each alert; none if absent, 100 at most.
+	History       int32 `protobuf:"varint,2,opt,name=history,proto3" json:"history,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAlertsRequest) Reset() {
+	*x = ListAlertsRequest{}
+	mi := &file_specql_v1_insight_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAlertsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAlertsRequest) ProtoMessage() {}
+
+func (x *ListAlertsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_insight_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAlertsRequest.ProtoReflect.Descriptor instead.
+func (*ListAlertsRequest) Descriptor() ([]byte, []int) {
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ListAlertsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListAlertsRequest) GetHistory() int32 {
+	if x != nil {
+		return x.History
+	}
+	return 0
+}
+
+// ListAlertsResponse lists alerts.
+type ListAlertsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order of the registry.
+	Alerts []*Alert `protobuf:"bytes,1,rep,name=alerts,proto3" json:"alerts,omitempty"`
+	// The orchestrator that evaluates them; empty where none has yet.
+	Evaluator     string `protobuf:"bytes,2,opt,name=evaluator,proto3" json:"evaluator,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAlertsResponse) Reset() {
+	*x = ListAlertsResponse{}
+	mi := &file_specql_v1_insight_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAlertsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAlertsResponse) ProtoMessage() {}
+
+func (x *ListAlertsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_insight_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAlertsResponse.ProtoReflect.Descriptor instead.
+func (*ListAlertsResponse) Descriptor() ([]byte, []int) {
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ListAlertsResponse) GetAlerts() []*Alert {
+	if x != nil {
+		return x.Alerts
+	}
+	return nil
+}
+
+func (x *ListAlertsResponse) GetEvaluator() string {
+	if x != nil {
+		return x.Evaluator
+	}
+	return ""
+}
+
+// Alert is a condition that is watched.
+type Alert struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The name.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The condition as written.
+	Condition string `protobuf:"bytes,2,opt,name=condition,proto3" json:"condition,omitempty"`
+	// The execution type that its figures are of, or any.
+	ExecutionType string `protobuf:"bytes,3,opt,name=execution_type,json=executionType,proto3" json:"execution_type,omitempty"`
+	// The time that its figures are taken over.
+	Window *durationpb.Duration `protobuf:"bytes,4,opt,name=window,proto3" json:"window,omitempty"`
+	// inactive, pending, firing or resolved.
+	State string `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"`
+	// Since when the alert is in that state; absent where it was never evaluated.
+	Since *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=since,proto3" json:"since,omitempty"`
+	// When it was evaluated last.
+	EvaluatedAt *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=evaluated_at,json=evaluatedAt,proto3" json:"evaluated_at,omitempty"`
+	// The figures of the condition, by name. One that is not known is absent.
+	Values map[string]float64 `protobuf:"bytes,8,rep,name=values,proto3" json:"values,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
+	// What the figure is compared with, where the condition is one comparison with a number.
+	Threshold *float64 `protobuf:"fixed64,9,opt,name=threshold,proto3,oneof" json:"threshold,omitempty"`
+	// Why the condition could not be evaluated; empty where it could.
+	Detail string `protobuf:"bytes,10,opt,name=detail,proto3" json:"detail,omitempty"`
+	// The service that is told of changes; empty for none.
+	NotifyService string `protobuf:"bytes,11,opt,name=notify_service,json=notifyService,proto3" json:"notify_service,omitempty"`
+	// Its operation.
+	NotifyOperation string `protobuf:"bytes,12,opt,name=notify_operation,json=notifyOperation,proto3" json:"notify_operation,omitempty"`
+	// Where the alert stands in the registry, as file:line:column.
+	Source string `protobuf:"bytes,13,opt,name=source,proto3" json:"source,omitempty"`
+	// Past changes, newest first.
+	History []*AlertChange `protobuf:"bytes,14,rep,name=history,proto3" json:"history,omitempty"`
+	// The condition in PromQL, over the metrics of the orchestrators; empty where it has no form there.
+	Prometheus string `protobuf:"bytes,15,opt,name=prometheus,proto3" json:"prometheus,omitempty"`
+	// For how long the condition has to hold before the alert fires.
+	PendingFor *durationpb.Duration `protobuf:"bytes,16,opt,name=pending_for,json=pendingFor,proto3" json:"pending_for,omitempty"`
+	// For how long it must not hold before the alert is resolved.
+	FiringFor     *durationpb.Duration `protobuf:"bytes,17,opt,name=firing_for,json=firingFor,proto3" json:"firing_for,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Alert) Reset() {
+	*x = Alert{}
+	mi := &file_specql_v1_insight_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Alert) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Alert) ProtoMessage() {}
+
+func (x *Alert) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_insight_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Alert.ProtoReflect.Descriptor instead.
+func (*Alert) Descriptor() ([]byte, []int) {
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Alert) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Alert) GetCondition() string {
+	if x != nil {
+		return x.Condition
+	}
+	return ""
+}
+
+func (x *Alert) GetExecutionType() string {
+	if x != nil {
+		return x.ExecutionType
+	}
+	return ""
+}
+
+func (x *Alert) GetWindow() *durationpb.Duration {
+	if x != nil {
+		return x.Window
+	}
+	return nil
+}
+
+func (x *Alert) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Alert) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Alert) GetEvaluatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.EvaluatedAt
+	}
+	return nil
+}
+
+func (x *Alert) GetValues() map[string]float64 {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+func (x *Alert) GetThreshold() float64 {
+	if x != nil && x.Threshold != nil {
+		return *x.Threshold
+	}
+	return 0
+}
+
+func (x *Alert) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *Alert) GetNotifyService() string {
+	if x != nil {
+		return x.NotifyService
+	}
+	return ""
+}
+
+func (x *Alert) GetNotifyOperation() string {
+	if x != nil {
+		return x.NotifyOperation
+	}
+	return ""
+}
+
+func (x *Alert) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Alert) GetHistory() []*AlertChange {
+	if x != nil {
+		return x.History
+	}
+	return nil
+}
+
+func (x *Alert) GetPrometheus() string {
+	if x != nil {
+		return x.Prometheus
+	}
+	return ""
+}
+
+func (x *Alert) GetPendingFor() *durationpb.Duration {
+	if x != nil {
+		return x.PendingFor
+	}
+	return nil
+}
+
+func (x *Alert) GetFiringFor() *durationpb.Duration {
+	if x != nil {
+		return x.FiringFor
+	}
+	return nil
+}
+
+// AlertChange is a change of an alert's state.
+type AlertChange struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The state before.
+	From string `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
+	// The state after.
+	To string `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	// When.
+	At *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=at,proto3" json:"at,omitempty"`
+	// The figures then.
+	Values map[string]float64 `protobuf:"bytes,4,rep,name=values,proto3" json:"values,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"fixed64,2,opt,name=value"`
+	// The run that told somebody; empty for none.
+	NotifyRunId string `protobuf:"bytes,5,opt,name=notify_run_id,json=notifyRunId,proto3" json:"notify_run_id,omitempty"`
+	// Why nobody could be told; empty where it could, or nobody was to be.
+	NotifyError   string `protobuf:"bytes,6,opt,name=notify_error,json=notifyError,proto3" json:"notify_error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AlertChange) Reset() {
+	*x = AlertChange{}
+	mi := &file_specql_v1_insight_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AlertChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AlertChange) ProtoMessage() {}
+
+func (x *AlertChange) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_insight_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AlertChange.ProtoReflect.Descriptor instead.
+func (*AlertChange) Descriptor() ([]byte, []int) {
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *AlertChange) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *AlertChange) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *AlertChange) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *AlertChange) GetValues() map[string]float64 {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+func (x *AlertChange) GetNotifyRunId() string {
+	if x != nil {
+		return x.NotifyRunId
+	}
+	return ""
+}
+
+func (x *AlertChange) GetNotifyError() string {
+	if x != nil {
+		return x.NotifyError
+	}
+	return ""
+}
+
 // GetQueueHealthRequest chooses execution types.
 type GetQueueHealthRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1289,7 +1985,7 @@ type GetQueueHealthRequest struct {
 
 func (x *GetQueueHealthRequest) Reset() {
 	*x = GetQueueHealthRequest{}
-	mi := &file_specql_v1_insight_proto_msgTypes[14]
+	mi := &file_specql_v1_insight_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +1997,7 @@ func (x *GetQueueHealthRequest) String() string {
 func (*GetQueueHealthRequest) ProtoMessage() {}
 
 func (x *GetQueueHealthRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_insight_proto_msgTypes[14]
+	mi := &file_specql_v1_insight_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +2010,7 @@ func (x *GetQueueHealthRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetQueueHealthRequest.ProtoReflect.Descriptor instead.
 func (*GetQueueHealthRequest) Descriptor() ([]byte, []int) {
-	return file_specql_v1_insight_proto_rawDescGZIP(), []int{14}
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GetQueueHealthRequest) GetExecutionType() string {
@@ -1335,7 +2031,7 @@ type GetQueueHealthResponse struct {
 
 func (x *GetQueueHealthResponse) Reset() {
 	*x = GetQueueHealthResponse{}
-	mi := &file_specql_v1_insight_proto_msgTypes[15]
+	mi := &file_specql_v1_insight_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1347,7 +2043,7 @@ func (x *GetQueueHealthResponse) String() string {
 func (*GetQueueHealthResponse) ProtoMessage() {}
 
 func (x *GetQueueHealthResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_insight_proto_msgTypes[15]
+	mi := &file_specql_v1_insight_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1360,7 +2056,7 @@ func (x *GetQueueHealthResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetQueueHealthResponse.ProtoReflect.Descriptor instead.
 func (*GetQueueHealthResponse) Descriptor() ([]byte, []int) {
-	return file_specql_v1_insight_proto_rawDescGZIP(), []int{15}
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GetQueueHealthResponse) GetQueues() []*QueueHealth {
@@ -1399,7 +2095,7 @@ type QueueHealth struct {
 
 func (x *QueueHealth) Reset() {
 	*x = QueueHealth{}
-	mi := &file_specql_v1_insight_proto_msgTypes[16]
+	mi := &file_specql_v1_insight_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1411,7 +2107,7 @@ func (x *QueueHealth) String() string {
 func (*QueueHealth) ProtoMessage() {}
 
 func (x *QueueHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_insight_proto_msgTypes[16]
+	mi := &file_specql_v1_insight_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1424,7 +2120,7 @@ func (x *QueueHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueHealth.ProtoReflect.Descriptor instead.
 func (*QueueHealth) Descriptor() ([]byte, []int) {
-	return file_specql_v1_insight_proto_rawDescGZIP(), []int{16}
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *QueueHealth) GetExecutionType() string {
@@ -1510,7 +2206,7 @@ type GetCostRequest struct {
 
 func (x *GetCostRequest) Reset() {
 	*x = GetCostRequest{}
-	mi := &file_specql_v1_insight_proto_msgTypes[17]
+	mi := &file_specql_v1_insight_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1522,7 +2218,7 @@ func (x *GetCostRequest) String() string {
 func (*GetCostRequest) ProtoMessage() {}
 
 func (x *GetCostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_insight_proto_msgTypes[17]
+	mi := &file_specql_v1_insight_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1535,7 +2231,7 @@ func (x *GetCostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCostRequest.ProtoReflect.Descriptor instead.
 func (*GetCostRequest) Descriptor() ([]byte, []int) {
-	return file_specql_v1_insight_proto_rawDescGZIP(), []int{17}
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetCostRequest) GetService() string {
@@ -1563,7 +2259,7 @@ type GetCostResponse struct {
 
 func (x *GetCostResponse) Reset() {
 	*x = GetCostResponse{}
-	mi := &file_specql_v1_insight_proto_msgTypes[18]
+	mi := &file_specql_v1_insight_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1575,7 +2271,7 @@ func (x *GetCostResponse) String() string {
 func (*GetCostResponse) ProtoMessage() {}
 
 func (x *GetCostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_insight_proto_msgTypes[18]
+	mi := &file_specql_v1_insight_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1588,7 +2284,7 @@ func (x *GetCostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCostResponse.ProtoReflect.Descriptor instead.
 func (*GetCostResponse) Descriptor() ([]byte, []int) {
-	return file_specql_v1_insight_proto_rawDescGZIP(), []int{18}
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *GetCostResponse) GetCosts() []*ServiceCost {
@@ -1629,7 +2325,7 @@ type ServiceCost struct {
 
 func (x *ServiceCost) Reset() {
 	*x = ServiceCost{}
-	mi := &file_specql_v1_insight_proto_msgTypes[19]
+	mi := &file_specql_v1_insight_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1641,7 +2337,7 @@ func (x *ServiceCost) String() string {
 func (*ServiceCost) ProtoMessage() {}
 
 func (x *ServiceCost) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_insight_proto_msgTypes[19]
+	mi := &file_specql_v1_insight_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1654,7 +2350,7 @@ func (x *ServiceCost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServiceCost.ProtoReflect.Descriptor instead.
 func (*ServiceCost) Descriptor() ([]byte, []int) {
-	return file_specql_v1_insight_proto_rawDescGZIP(), []int{19}
+	return file_specql_v1_insight_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ServiceCost) GetService() string {
@@ -1738,7 +2434,7 @@ var File_specql_v1_insight_proto protoreflect.FileDescriptor
 
 const file_specql_v1_insight_proto_rawDesc = "" +
 	"\n" +
-	"\x17specql/v1/insight.proto\x12\tspecql.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"~\n" +
+	"\x17specql/v1/insight.proto\x12\tspecql.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cspecql/runner/v1/usage.proto\"~\n" +
 	"\tJobFilter\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12%\n" +
 	"\x0eexecution_type\x18\x02 \x01(\tR\rexecutionType\x120\n" +
@@ -1839,7 +2535,7 @@ const file_specql_v1_insight_proto_rawDesc = "" +
 	"\n" +
 	"violations\x18\x01 \x03(\v2\x1c.specql.v1.SecurityViolationR\n" +
 	"violations\x12\x1c\n" +
-	"\ttruncated\x18\x02 \x01(\bR\ttruncated\"\xb8\x03\n" +
+	"\ttruncated\x18\x02 \x01(\bR\ttruncated\"\xb7\x04\n" +
 	"\x11SecurityViolation\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x15\n" +
 	"\x06run_id\x18\x02 \x01(\tR\x05runId\x12\x1b\n" +
@@ -1856,7 +2552,83 @@ const file_specql_v1_insight_proto_rawDesc = "" +
 	"\asubject\x18\f \x01(\tR\asubject\x12\x1b\n" +
 	"\ttenant_id\x18\r \x01(\tR\btenantId\x12;\n" +
 	"\voccurred_at\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"occurredAt\">\n" +
+	"occurredAt\x12\x1d\n" +
+	"\n" +
+	"error_code\x18\x0f \x01(\tR\terrorCode\x12\x1f\n" +
+	"\vrule_source\x18\x10 \x01(\tR\n" +
+	"ruleSource\x12=\n" +
+	"\n" +
+	"allowed_by\x18\x11 \x03(\v2\x1e.specql.runner.v1.PolicyChangeR\tallowedBy\"\xc1\x01\n" +
+	"\x13ReplayPolicyRequest\x12,\n" +
+	"\x06filter\x18\x01 \x01(\v2\x14.specql.v1.JobFilterR\x06filter\x12@\n" +
+	"\x0fsecurity_policy\x18\x02 \x01(\v2\x17.google.protobuf.StructR\x0esecurityPolicy\x12\x1b\n" +
+	"\tpage_size\x18\x03 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x04 \x01(\tR\tpageToken\"j\n" +
+	"\x14ReplayPolicyResponse\x12*\n" +
+	"\x04jobs\x18\x01 \x03(\v2\x16.specql.v1.ReplayedJobR\x04jobs\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xac\x03\n" +
+	"\vReplayedJob\x12\x15\n" +
+	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x15\n" +
+	"\x06run_id\x18\x02 \x01(\tR\x05runId\x12\x1c\n" +
+	"\toperation\x18\x03 \x01(\tR\toperation\x12\x16\n" +
+	"\x06status\x18\x04 \x01(\tR\x06status\x12\x1d\n" +
+	"\n" +
+	"error_code\x18\x05 \x01(\tR\terrorCode\x12\x1d\n" +
+	"\n" +
+	"was_denied\x18\x06 \x01(\bR\twasDenied\x12&\n" +
+	"\x0fwould_be_denied\x18\a \x01(\bR\rwouldBeDenied\x125\n" +
+	"\x06denied\x18\b \x03(\v2\x1d.specql.runner.v1.PolicyCheckR\x06denied\x12-\n" +
+	"\x13would_be_error_code\x18\t \x01(\tR\x10wouldBeErrorCode\x12\x18\n" +
+	"\aunknown\x18\n" +
+	" \x03(\tR\aunknown\x129\n" +
+	"\n" +
+	"created_at\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x18\n" +
+	"\asubject\x18\f \x01(\tR\asubject\"A\n" +
+	"\x11ListAlertsRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\ahistory\x18\x02 \x01(\x05R\ahistory\"\\\n" +
+	"\x12ListAlertsResponse\x12(\n" +
+	"\x06alerts\x18\x01 \x03(\v2\x10.specql.v1.AlertR\x06alerts\x12\x1c\n" +
+	"\tevaluator\x18\x02 \x01(\tR\tevaluator\"\x86\x06\n" +
+	"\x05Alert\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\tcondition\x18\x02 \x01(\tR\tcondition\x12%\n" +
+	"\x0eexecution_type\x18\x03 \x01(\tR\rexecutionType\x121\n" +
+	"\x06window\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x06window\x12\x14\n" +
+	"\x05state\x18\x05 \x01(\tR\x05state\x120\n" +
+	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12=\n" +
+	"\fevaluated_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\vevaluatedAt\x124\n" +
+	"\x06values\x18\b \x03(\v2\x1c.specql.v1.Alert.ValuesEntryR\x06values\x12!\n" +
+	"\tthreshold\x18\t \x01(\x01H\x00R\tthreshold\x88\x01\x01\x12\x16\n" +
+	"\x06detail\x18\n" +
+	" \x01(\tR\x06detail\x12%\n" +
+	"\x0enotify_service\x18\v \x01(\tR\rnotifyService\x12)\n" +
+	"\x10notify_operation\x18\f \x01(\tR\x0fnotifyOperation\x12\x16\n" +
+	"\x06source\x18\r \x01(\tR\x06source\x120\n" +
+	"\ahistory\x18\x0e \x03(\v2\x16.specql.v1.AlertChangeR\ahistory\x12\x1e\n" +
+	"\n" +
+	"prometheus\x18\x0f \x01(\tR\n" +
+	"prometheus\x12:\n" +
+	"\vpending_for\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"pendingFor\x128\n" +
+	"\n" +
+	"firing_for\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\tfiringFor\x1a9\n" +
+	"\vValuesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01B\f\n" +
+	"\n" +
+	"_threshold\"\x9b\x02\n" +
+	"\vAlertChange\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\x12*\n" +
+	"\x02at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12:\n" +
+	"\x06values\x18\x04 \x03(\v2\".specql.v1.AlertChange.ValuesEntryR\x06values\x12\"\n" +
+	"\rnotify_run_id\x18\x05 \x01(\tR\vnotifyRunId\x12!\n" +
+	"\fnotify_error\x18\x06 \x01(\tR\vnotifyError\x1a9\n" +
+	"\vValuesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\">\n" +
 	"\x15GetQueueHealthRequest\x12%\n" +
 	"\x0eexecution_type\x18\x01 \x01(\tR\rexecutionType\"H\n" +
 	"\x16GetQueueHealthResponse\x12.\n" +
@@ -1898,12 +2670,15 @@ const file_specql_v1_insight_proto_rawDesc = "" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"firstJobAt\x12:\n" +
 	"\vlast_job_at\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\tlastJobAtB\x15\n" +
-	"\x13_billed_duration_ms2\x9d\x04\n" +
+	"\x13_billed_duration_ms2\xb9\x05\n" +
 	"\x0eInsightService\x12U\n" +
 	"\x0eGetPerformance\x12 .specql.v1.GetPerformanceRequest\x1a!.specql.v1.GetPerformanceResponse\x12[\n" +
 	"\x10GetResourceUsage\x12\".specql.v1.GetResourceUsageRequest\x1a#.specql.v1.GetResourceUsageResponse\x12a\n" +
 	"\x12GetFailurePatterns\x12$.specql.v1.GetFailurePatternsRequest\x1a%.specql.v1.GetFailurePatternsResponse\x12[\n" +
-	"\x10GetSecurityAudit\x12\".specql.v1.GetSecurityAuditRequest\x1a#.specql.v1.GetSecurityAuditResponse\x12U\n" +
+	"\x10GetSecurityAudit\x12\".specql.v1.GetSecurityAuditRequest\x1a#.specql.v1.GetSecurityAuditResponse\x12O\n" +
+	"\fReplayPolicy\x12\x1e.specql.v1.ReplayPolicyRequest\x1a\x1f.specql.v1.ReplayPolicyResponse\x12I\n" +
+	"\n" +
+	"ListAlerts\x12\x1c.specql.v1.ListAlertsRequest\x1a\x1d.specql.v1.ListAlertsResponse\x12U\n" +
 	"\x0eGetQueueHealth\x12 .specql.v1.GetQueueHealthRequest\x1a!.specql.v1.GetQueueHealthResponse\x12@\n" +
 	"\aGetCost\x12\x19.specql.v1.GetCostRequest\x1a\x1a.specql.v1.GetCostResponseB/Z-github.com/specql/mesh/gen/specql/v1;specqlv1b\x06proto3"
 
@@ -1919,7 +2694,7 @@ func file_specql_v1_insight_proto_rawDescGZIP() []byte {
 	return file_specql_v1_insight_proto_rawDescData
 }
 
-var file_specql_v1_insight_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_specql_v1_insight_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_specql_v1_insight_proto_goTypes = []any{
 	(*JobFilter)(nil),                  // 0: specql.v1.JobFilter
 	(*Distribution)(nil),               // 1: specql.v1.Distribution
@@ -1935,20 +2710,33 @@ var file_specql_v1_insight_proto_goTypes = []any{
 	(*GetSecurityAuditRequest)(nil),    // 11: specql.v1.GetSecurityAuditRequest
 	(*GetSecurityAuditResponse)(nil),   // 12: specql.v1.GetSecurityAuditResponse
 	(*SecurityViolation)(nil),          // 13: specql.v1.SecurityViolation
-	(*GetQueueHealthRequest)(nil),      // 14: specql.v1.GetQueueHealthRequest
-	(*GetQueueHealthResponse)(nil),     // 15: specql.v1.GetQueueHealthResponse
-	(*QueueHealth)(nil),                // 16: specql.v1.QueueHealth
-	(*GetCostRequest)(nil),             // 17: specql.v1.GetCostRequest
-	(*GetCostResponse)(nil),            // 18: specql.v1.GetCostResponse
-	(*ServiceCost)(nil),                // 19: specql.v1.ServiceCost
-	(*timestamppb.Timestamp)(nil),      // 20: google.protobuf.Timestamp
+	(*ReplayPolicyRequest)(nil),        // 14: specql.v1.ReplayPolicyRequest
+	(*ReplayPolicyResponse)(nil),       // 15: specql.v1.ReplayPolicyResponse
+	(*ReplayedJob)(nil),                // 16: specql.v1.ReplayedJob
+	(*ListAlertsRequest)(nil),          // 17: specql.v1.ListAlertsRequest
+	(*ListAlertsResponse)(nil),         // 18: specql.v1.ListAlertsResponse
+	(*Alert)(nil),                      // 19: specql.v1.Alert
+	(*AlertChange)(nil),                // 20: specql.v1.AlertChange
+	(*GetQueueHealthRequest)(nil),      // 21: specql.v1.GetQueueHealthRequest
+	(*GetQueueHealthResponse)(nil),     // 22: specql.v1.GetQueueHealthResponse
+	(*QueueHealth)(nil),                // 23: specql.v1.QueueHealth
+	(*GetCostRequest)(nil),             // 24: specql.v1.GetCostRequest
+	(*GetCostResponse)(nil),            // 25: specql.v1.GetCostResponse
+	(*ServiceCost)(nil),                // 26: specql.v1.ServiceCost
+	nil,                                // 27: specql.v1.Alert.ValuesEntry
+	nil,                                // 28: specql.v1.AlertChange.ValuesEntry
+	(*timestamppb.Timestamp)(nil),      // 29: google.protobuf.Timestamp
+	(*v1.PolicyChange)(nil),            // 30: specql.runner.v1.PolicyChange
+	(*structpb.Struct)(nil),            // 31: google.protobuf.Struct
+	(*v1.PolicyCheck)(nil),             // 32: specql.runner.v1.PolicyCheck
+	(*durationpb.Duration)(nil),        // 33: google.protobuf.Duration
 }
 var file_specql_v1_insight_proto_depIdxs = []int32{
-	20, // 0: specql.v1.JobFilter.since:type_name -> google.protobuf.Timestamp
+	29, // 0: specql.v1.JobFilter.since:type_name -> google.protobuf.Timestamp
 	0,  // 1: specql.v1.GetPerformanceRequest.filter:type_name -> specql.v1.JobFilter
 	4,  // 2: specql.v1.GetPerformanceResponse.performance:type_name -> specql.v1.Performance
 	1,  // 3: specql.v1.Performance.duration_seconds:type_name -> specql.v1.Distribution
-	20, // 4: specql.v1.Performance.last_job_at:type_name -> google.protobuf.Timestamp
+	29, // 4: specql.v1.Performance.last_job_at:type_name -> google.protobuf.Timestamp
 	0,  // 5: specql.v1.GetResourceUsageRequest.filter:type_name -> specql.v1.JobFilter
 	7,  // 6: specql.v1.GetResourceUsageResponse.usage:type_name -> specql.v1.UsageSummary
 	1,  // 7: specql.v1.UsageSummary.duration_seconds:type_name -> specql.v1.Distribution
@@ -1964,35 +2752,55 @@ var file_specql_v1_insight_proto_depIdxs = []int32{
 	1,  // 17: specql.v1.UsageSummary.response_bytes:type_name -> specql.v1.Distribution
 	1,  // 18: specql.v1.UsageSummary.billed_duration_ms:type_name -> specql.v1.Distribution
 	1,  // 19: specql.v1.UsageSummary.cost_usd:type_name -> specql.v1.Distribution
-	20, // 20: specql.v1.UsageSummary.last_job_at:type_name -> google.protobuf.Timestamp
+	29, // 20: specql.v1.UsageSummary.last_job_at:type_name -> google.protobuf.Timestamp
 	0,  // 21: specql.v1.GetFailurePatternsRequest.filter:type_name -> specql.v1.JobFilter
 	10, // 22: specql.v1.GetFailurePatternsResponse.patterns:type_name -> specql.v1.FailurePattern
-	20, // 23: specql.v1.FailurePattern.first_seen_at:type_name -> google.protobuf.Timestamp
-	20, // 24: specql.v1.FailurePattern.last_seen_at:type_name -> google.protobuf.Timestamp
+	29, // 23: specql.v1.FailurePattern.first_seen_at:type_name -> google.protobuf.Timestamp
+	29, // 24: specql.v1.FailurePattern.last_seen_at:type_name -> google.protobuf.Timestamp
 	0,  // 25: specql.v1.GetSecurityAuditRequest.filter:type_name -> specql.v1.JobFilter
 	13, // 26: specql.v1.GetSecurityAuditResponse.violations:type_name -> specql.v1.SecurityViolation
-	20, // 27: specql.v1.SecurityViolation.occurred_at:type_name -> google.protobuf.Timestamp
-	16, // 28: specql.v1.GetQueueHealthResponse.queues:type_name -> specql.v1.QueueHealth
-	19, // 29: specql.v1.GetCostResponse.costs:type_name -> specql.v1.ServiceCost
-	20, // 30: specql.v1.ServiceCost.first_job_at:type_name -> google.protobuf.Timestamp
-	20, // 31: specql.v1.ServiceCost.last_job_at:type_name -> google.protobuf.Timestamp
-	2,  // 32: specql.v1.InsightService.GetPerformance:input_type -> specql.v1.GetPerformanceRequest
-	5,  // 33: specql.v1.InsightService.GetResourceUsage:input_type -> specql.v1.GetResourceUsageRequest
-	8,  // 34: specql.v1.InsightService.GetFailurePatterns:input_type -> specql.v1.GetFailurePatternsRequest
-	11, // 35: specql.v1.InsightService.GetSecurityAudit:input_type -> specql.v1.GetSecurityAuditRequest
-	14, // 36: specql.v1.InsightService.GetQueueHealth:input_type -> specql.v1.GetQueueHealthRequest
-	17, // 37: specql.v1.InsightService.GetCost:input_type -> specql.v1.GetCostRequest
-	3,  // 38: specql.v1.InsightService.GetPerformance:output_type -> specql.v1.GetPerformanceResponse
-	6,  // 39: specql.v1.InsightService.GetResourceUsage:output_type -> specql.v1.GetResourceUsageResponse
-	9,  // 40: specql.v1.InsightService.GetFailurePatterns:output_type -> specql.v1.GetFailurePatternsResponse
-	12, // 41: specql.v1.InsightService.GetSecurityAudit:output_type -> specql.v1.GetSecurityAuditResponse
-	15, // 42: specql.v1.InsightService.GetQueueHealth:output_type -> specql.v1.GetQueueHealthResponse
-	18, // 43: specql.v1.InsightService.GetCost:output_type -> specql.v1.GetCostResponse
-	38, // [38:44] is the sub-list for method output_type
-	32, // [32:38] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	29, // 27: specql.v1.SecurityViolation.occurred_at:type_name -> google.protobuf.Timestamp
+	30, // 28: specql.v1.SecurityViolation.allowed_by:type_name -> specql.runner.v1.PolicyChange
+	0,  // 29: specql.v1.ReplayPolicyRequest.filter:type_name -> specql.v1.JobFilter
+	31, // 30: specql.v1.ReplayPolicyRequest.security_policy:type_name -> google.protobuf.Struct
+	16, // 31: specql.v1.ReplayPolicyResponse.jobs:type_name -> specql.v1.ReplayedJob
+	32, // 32: specql.v1.ReplayedJob.denied:type_name -> specql.runner.v1.PolicyCheck
+	29, // 33: specql.v1.ReplayedJob.created_at:type_name -> google.protobuf.Timestamp
+	19, // 34: specql.v1.ListAlertsResponse.alerts:type_name -> specql.v1.Alert
+	33, // 35: specql.v1.Alert.window:type_name -> google.protobuf.Duration
+	29, // 36: specql.v1.Alert.since:type_name -> google.protobuf.Timestamp
+	29, // 37: specql.v1.Alert.evaluated_at:type_name -> google.protobuf.Timestamp
+	27, // 38: specql.v1.Alert.values:type_name -> specql.v1.Alert.ValuesEntry
+	20, // 39: specql.v1.Alert.history:type_name -> specql.v1.AlertChange
+	33, // 40: specql.v1.Alert.pending_for:type_name -> google.protobuf.Duration
+	33, // 41: specql.v1.Alert.firing_for:type_name -> google.protobuf.Duration
+	29, // 42: specql.v1.AlertChange.at:type_name -> google.protobuf.Timestamp
+	28, // 43: specql.v1.AlertChange.values:type_name -> specql.v1.AlertChange.ValuesEntry
+	23, // 44: specql.v1.GetQueueHealthResponse.queues:type_name -> specql.v1.QueueHealth
+	26, // 45: specql.v1.GetCostResponse.costs:type_name -> specql.v1.ServiceCost
+	29, // 46: specql.v1.ServiceCost.first_job_at:type_name -> google.protobuf.Timestamp
+	29, // 47: specql.v1.ServiceCost.last_job_at:type_name -> google.protobuf.Timestamp
+	2,  // 48: specql.v1.InsightService.GetPerformance:input_type -> specql.v1.GetPerformanceRequest
+	5,  // 49: specql.v1.InsightService.GetResourceUsage:input_type -> specql.v1.GetResourceUsageRequest
+	8,  // 50: specql.v1.InsightService.GetFailurePatterns:input_type -> specql.v1.GetFailurePatternsRequest
+	11, // 51: specql.v1.InsightService.GetSecurityAudit:input_type -> specql.v1.GetSecurityAuditRequest
+	14, // 52: specql.v1.InsightService.ReplayPolicy:input_type -> specql.v1.ReplayPolicyRequest
+	17, // 53: specql.v1.InsightService.ListAlerts:input_type -> specql.v1.ListAlertsRequest
+	21, // 54: specql.v1.InsightService.GetQueueHealth:input_type -> specql.v1.GetQueueHealthRequest
+	24, // 55: specql.v1.InsightService.GetCost:input_type -> specql.v1.GetCostRequest
+	3,  // 56: specql.v1.InsightService.GetPerformance:output_type -> specql.v1.GetPerformanceResponse
+	6,  // 57: specql.v1.InsightService.GetResourceUsage:output_type -> specql.v1.GetResourceUsageResponse
+	9,  // 58: specql.v1.InsightService.GetFailurePatterns:output_type -> specql.v1.GetFailurePatternsResponse
+	12, // 59: specql.v1.InsightService.GetSecurityAudit:output_type -> specql.v1.GetSecurityAuditResponse
+	15, // 60: specql.v1.InsightService.ReplayPolicy:output_type -> specql.v1.ReplayPolicyResponse
+	18, // 61: specql.v1.InsightService.ListAlerts:output_type -> specql.v1.ListAlertsResponse
+	22, // 62: specql.v1.InsightService.GetQueueHealth:output_type -> specql.v1.GetQueueHealthResponse
+	25, // 63: specql.v1.InsightService.GetCost:output_type -> specql.v1.GetCostResponse
+	56, // [56:64] is the sub-list for method output_type
+	48, // [48:56] is the sub-list for method input_type
+	48, // [48:48] is the sub-list for extension type_name
+	48, // [48:48] is the sub-list for extension extendee
+	0,  // [0:48] is the sub-list for field type_name
 }
 
 func init() { file_specql_v1_insight_proto_init() }
@@ -2003,15 +2811,16 @@ func file_specql_v1_insight_proto_init() {
 	file_specql_v1_insight_proto_msgTypes[1].OneofWrappers = []any{}
 	file_specql_v1_insight_proto_msgTypes[4].OneofWrappers = []any{}
 	file_specql_v1_insight_proto_msgTypes[10].OneofWrappers = []any{}
-	file_specql_v1_insight_proto_msgTypes[16].OneofWrappers = []any{}
 	file_specql_v1_insight_proto_msgTypes[19].OneofWrappers = []any{}
+	file_specql_v1_insight_proto_msgTypes[23].OneofWrappers = []any{}
+	file_specql_v1_insight_proto_msgTypes[26].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_specql_v1_insight_proto_rawDesc), len(file_specql_v1_insight_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,8 @@ const (
 	InsightService_GetResourceUsage_FullMethodName   = "/specql.v1.InsightService/GetResourceUsage"
 	InsightService_GetFailurePatterns_FullMethodName = "/specql.v1.InsightService/GetFailurePatterns"
 	InsightService_GetSecurityAudit_FullMethodName   = "/specql.v1.InsightService/GetSecurityAudit"
+	InsightService_ReplayPolicy_FullMethodName       = "/specql.v1.InsightService/ReplayPolicy"
+	InsightService_ListAlerts_FullMethodName         = "/specql.v1.InsightService/ListAlerts"
 	InsightService_GetQueueHealth_FullMethodName     = "/specql.v1.InsightService/GetQueueHealth"
 	InsightService_GetCost_FullMethodName            = "/specql.v1.InsightService/GetCost"
 )
@@ -46,8 +48,14 @@ type InsightServiceClient interface {
 	// GetFailurePatterns groups failed calls by operation, error code and the shape of the message:
 	// its text with numbers, ids and quoted parts masked.
 	GetFailurePatterns(ctx context.Context, in *GetFailurePatternsRequest, opts ...grpc.CallOption) (*GetFailurePatternsResponse, error)
-	// GetSecurityAudit lists what security policies forbade, newest first.
+	// GetSecurityAudit lists what policies forbade: violations, and limits, rates and budgets that
+	// ended jobs. Newest first.
 	GetSecurityAudit(ctx context.Context, in *GetSecurityAuditRequest, opts ...grpc.CallOption) (*GetSecurityAuditResponse, error)
+	// ReplayPolicy tells which jobs of the past another security policy would have forbidden, and
+	// which forbidden ones it would have allowed. It changes nothing. The runner decides.
+	ReplayPolicy(ctx context.Context, in *ReplayPolicyRequest, opts ...grpc.CallOption) (*ReplayPolicyResponse, error)
+	// ListAlerts tells how the alerts of the registry in force stand, in the order of the registry.
+	ListAlerts(ctx context.Context, in *ListAlertsRequest, opts ...grpc.CallOption) (*ListAlertsResponse, error)
 	// GetQueueHealth tells what waits and what runs, for each execution type.
 	GetQueueHealth(ctx context.Context, in *GetQueueHealthRequest, opts ...grpc.CallOption) (*GetQueueHealthResponse, error)
 	// GetCost tells what services cost. Only jobs whose cost is known count.
@@ -102,6 +110,26 @@ func (c *insightServiceClient) GetSecurityAudit(ctx context.Context, in *GetSecu
 	return out, nil
 }
 
+func (c *insightServiceClient) ReplayPolicy(ctx context.Context, in *ReplayPolicyRequest, opts ...grpc.CallOption) (*ReplayPolicyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReplayPolicyResponse)
+	err := c.cc.Invoke(ctx, InsightService_ReplayPolicy_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *insightServiceClient) ListAlerts(ctx context.Context, in *ListAlertsRequest, opts ...grpc.CallOption) (*ListAlertsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAlertsResponse)
+	err := c.cc.Invoke(ctx, InsightService_ListAlerts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *insightServiceClient) GetQueueHealth(ctx context.Context, in *GetQueueHealthRequest, opts ...grpc.CallOption) (*GetQueueHealthResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetQueueHealthResponse)
@@ -141,8 +169,14 @@ type InsightServiceServer interface {
 	// GetFailurePatterns groups failed calls by operation, error code and the shape of the message:
 	// its text with numbers, ids and quoted parts masked.
 	GetFailurePatterns(context.Context, *GetFailurePatternsRequest) (*GetFailurePatternsResponse, error)
-	// GetSecurityAudit lists what security policies forbade, newest first.
+	// GetSecurityAudit lists what policies forbade: violations, and limits, rates and budgets that
+	// ended jobs. Newest first.
 	GetSecurityAudit(context.Context, *GetSecurityAuditRequest) (*GetSecurityAuditResponse, error)
+	// ReplayPolicy tells which jobs of the past another security policy would have forbidden, and
+	// which forbidden ones it would have allowed. It changes nothing. The runner decides.
+	ReplayPolicy(context.Context, *ReplayPolicyRequest) (*ReplayPolicyResponse, error)
+	// ListAlerts tells how the alerts of the registry in force stand, in the order of the registry.
+	ListAlerts(context.Context, *ListAlertsRequest) (*ListAlertsResponse, error)
 	// GetQueueHealth tells what waits and what runs, for each execution type.
 	GetQueueHealth(context.Context, *GetQueueHealthRequest) (*GetQueueHealthResponse, error)
 	// GetCost tells what services cost. Only jobs whose cost is known count.
@@ -168,6 +202,12 @@ func (UnimplementedInsightServiceServer) GetFailurePatterns(context.Context, *Ge
 }
 func (UnimplementedInsightServiceServer) GetSecurityAudit(context.Context, *GetSecurityAuditRequest) (*GetSecurityAuditResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetSecurityAudit not implemented")
+}
+func (UnimplementedInsightServiceServer) ReplayPolicy(context.Context, *ReplayPolicyRequest) (*ReplayPolicyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReplayPolicy not implemented")
+}
+func (UnimplementedInsightServiceServer) ListAlerts(context.Context, *ListAlertsRequest) (*ListAlertsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAlerts not implemented")
 }
 func (UnimplementedInsightServiceServer) GetQueueHealth(context.Context, *GetQueueHealthRequest) (*GetQueueHealthResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetQueueHealth not implemented")
@@ -268,6 +308,42 @@ func _InsightService_GetSecurityAudit_Handler(srv interface{}, ctx context.Conte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _InsightService_ReplayPolicy_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReplayPolicyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(InsightServiceServer).ReplayPolicy(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: InsightService_ReplayPolicy_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(InsightServiceServer).ReplayPolicy(ctx, req.(*ReplayPolicyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _InsightService_ListAlerts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAlertsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(InsightServiceServer).ListAlerts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: InsightService_ListAlerts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(InsightServiceServer).ListAlerts(ctx, req.(*ListAlertsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _InsightService_GetQueueHealth_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetQueueHealthRequest)
 	if err := dec(in); err != nil {
@@ -326,6 +402,14 @@ var InsightService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetSecurityAudit",
 			Handler:    _InsightService_GetSecurityAudit_Handler,
+		},
+		{
+			MethodName: "ReplayPolicy",
+			Handler:    _InsightService_ReplayPolicy_Handler,
+		},
+		{
+			MethodName: "ListAlerts",
+			Handler:    _InsightService_ListAlerts_Handler,
 		},
 		{
 			MethodName: "GetQueueHealth",

@@ -609,6 +609,271 @@ func (x *Problem) GetWarning() bool {
 	return false
 }
 
+// CheckRequest holds a service under the policy in question, and jobs of it.
+type CheckRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The service, with the policy in question.
+	Service *Service `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
+	// The jobs; at most 1,000.
+	Jobs          []*RecordedJob `protobuf:"bytes,2,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckRequest) Reset() {
+	*x = CheckRequest{}
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckRequest) ProtoMessage() {}
+
+func (x *CheckRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
+func (*CheckRequest) Descriptor() ([]byte, []int) {
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *CheckRequest) GetService() *Service {
+	if x != nil {
+		return x.Service
+	}
+	return nil
+}
+
+func (x *CheckRequest) GetJobs() []*RecordedJob {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+// RecordedJob is what is recorded of a job of the past.
+type RecordedJob struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job's id.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The operation called, as it was.
+	Operation *Operation `protobuf:"bytes,2,opt,name=operation,proto3" json:"operation,omitempty"`
+	// The runner_config object as it was, as JSON; empty for that of the service.
+	RunnerConfig []byte `protobuf:"bytes,3,opt,name=runner_config,json=runnerConfig,proto3" json:"runner_config,omitempty"`
+	// The input, a JSON object.
+	Input []byte `protobuf:"bytes,4,opt,name=input,proto3" json:"input,omitempty"`
+	// What was checked when it ran.
+	Checks []*PolicyCheck `protobuf:"bytes,5,rep,name=checks,proto3" json:"checks,omitempty"`
+	// What it used.
+	Usage *ResourceUsage `protobuf:"bytes,6,opt,name=usage,proto3" json:"usage,omitempty"`
+	// Its error code; empty where it completed.
+	ErrorCode     string `protobuf:"bytes,7,opt,name=error_code,json=errorCode,proto3" json:"error_code,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecordedJob) Reset() {
+	*x = RecordedJob{}
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecordedJob) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecordedJob) ProtoMessage() {}
+
+func (x *RecordedJob) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecordedJob.ProtoReflect.Descriptor instead.
+func (*RecordedJob) Descriptor() ([]byte, []int) {
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *RecordedJob) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RecordedJob) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+func (x *RecordedJob) GetRunnerConfig() []byte {
+	if x != nil {
+		return x.RunnerConfig
+	}
+	return nil
+}
+
+func (x *RecordedJob) GetInput() []byte {
+	if x != nil {
+		return x.Input
+	}
+	return nil
+}
+
+func (x *RecordedJob) GetChecks() []*PolicyCheck {
+	if x != nil {
+		return x.Checks
+	}
+	return nil
+}
+
+func (x *RecordedJob) GetUsage() *ResourceUsage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+func (x *RecordedJob) GetErrorCode() string {
+	if x != nil {
+		return x.ErrorCode
+	}
+	return ""
+}
+
+// CheckResponse holds an answer for each job, in the order of the request.
+type CheckResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The answers.
+	Jobs          []*CheckedJob `protobuf:"bytes,1,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckResponse) Reset() {
+	*x = CheckResponse{}
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckResponse) ProtoMessage() {}
+
+func (x *CheckResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
+func (*CheckResponse) Descriptor() ([]byte, []int) {
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *CheckResponse) GetJobs() []*CheckedJob {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+// CheckedJob is what the policy says of one job.
+type CheckedJob struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The checks that were made, those of the operator's policy among them.
+	Checks []*PolicyCheck `protobuf:"bytes,1,rep,name=checks,proto3" json:"checks,omitempty"`
+	// Why the job would fail before or while it runs; absent where nothing that is known forbids it.
+	Error *Error `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	// What the record does not tell and the policy would have to know, in words.
+	Unknown       []string `protobuf:"bytes,3,rep,name=unknown,proto3" json:"unknown,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckedJob) Reset() {
+	*x = CheckedJob{}
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckedJob) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckedJob) ProtoMessage() {}
+
+func (x *CheckedJob) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckedJob.ProtoReflect.Descriptor instead.
+func (*CheckedJob) Descriptor() ([]byte, []int) {
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *CheckedJob) GetChecks() []*PolicyCheck {
+	if x != nil {
+		return x.Checks
+	}
+	return nil
+}
+
+func (x *CheckedJob) GetError() *Error {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
+func (x *CheckedJob) GetUnknown() []string {
+	if x != nil {
+		return x.Unknown
+	}
+	return nil
+}
+
 // ExecuteRequest starts a job, and then steers it.
 type ExecuteRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -626,7 +891,7 @@ type ExecuteRequest struct {
 
 func (x *ExecuteRequest) Reset() {
 	*x = ExecuteRequest{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[9]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -638,7 +903,7 @@ func (x *ExecuteRequest) String() string {
 func (*ExecuteRequest) ProtoMessage() {}
 
 func (x *ExecuteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[9]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -651,7 +916,7 @@ func (x *ExecuteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecuteRequest.ProtoReflect.Descriptor instead.
 func (*ExecuteRequest) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{9}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ExecuteRequest) GetCommand() isExecuteRequest_Command {
@@ -755,7 +1020,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[10]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -767,7 +1032,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[10]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -780,7 +1045,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{10}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Job) GetId() string {
@@ -899,7 +1164,7 @@ type Cancel struct {
 
 func (x *Cancel) Reset() {
 	*x = Cancel{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[11]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -911,7 +1176,7 @@ func (x *Cancel) String() string {
 func (*Cancel) ProtoMessage() {}
 
 func (x *Cancel) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[11]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -924,7 +1189,7 @@ func (x *Cancel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cancel.ProtoReflect.Descriptor instead.
 func (*Cancel) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{11}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Cancel) GetReason() string {
@@ -944,7 +1209,7 @@ type Renew struct {
 
 func (x *Renew) Reset() {
 	*x = Renew{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[12]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -956,7 +1221,7 @@ func (x *Renew) String() string {
 func (*Renew) ProtoMessage() {}
 
 func (x *Renew) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[12]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -969,7 +1234,7 @@ func (x *Renew) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Renew.ProtoReflect.Descriptor instead.
 func (*Renew) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{12}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{16}
 }
 
 // ExecuteResponse is one thing that happened to a job.
@@ -991,7 +1256,7 @@ type ExecuteResponse struct {
 
 func (x *ExecuteResponse) Reset() {
 	*x = ExecuteResponse{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[13]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1003,7 +1268,7 @@ func (x *ExecuteResponse) String() string {
 func (*ExecuteResponse) ProtoMessage() {}
 
 func (x *ExecuteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[13]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1016,7 +1281,7 @@ func (x *ExecuteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecuteResponse.ProtoReflect.Descriptor instead.
 func (*ExecuteResponse) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{13}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExecuteResponse) GetEvent() isExecuteResponse_Event {
@@ -1123,7 +1388,7 @@ type Started struct {
 
 func (x *Started) Reset() {
 	*x = Started{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[14]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1135,7 +1400,7 @@ func (x *Started) String() string {
 func (*Started) ProtoMessage() {}
 
 func (x *Started) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[14]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1148,7 +1413,7 @@ func (x *Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Started.ProtoReflect.Descriptor instead.
 func (*Started) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{14}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Started) GetTime() *timestamppb.Timestamp {
@@ -1175,7 +1440,7 @@ type Renewed struct {
 
 func (x *Renewed) Reset() {
 	*x = Renewed{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1187,7 +1452,7 @@ func (x *Renewed) String() string {
 func (*Renewed) ProtoMessage() {}
 
 func (x *Renewed) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1200,7 +1465,7 @@ func (x *Renewed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Renewed.ProtoReflect.Descriptor instead.
 func (*Renewed) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{15}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{19}
 }
 
 // Log is a line that the job wrote, without its line end, secrets masked.
@@ -1220,7 +1485,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1232,7 +1497,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1245,7 +1510,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{16}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Log) GetLine() int64 {
@@ -1299,7 +1564,7 @@ type Finished struct {
 
 func (x *Finished) Reset() {
 	*x = Finished{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[17]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1311,7 +1576,7 @@ func (x *Finished) String() string {
 func (*Finished) ProtoMessage() {}
 
 func (x *Finished) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[17]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1324,7 +1589,7 @@ func (x *Finished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finished.ProtoReflect.Descriptor instead.
 func (*Finished) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{17}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Finished) GetOutput() []byte {
@@ -1412,7 +1677,26 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x12\n" +
 	"\x04mend\x18\x03 \x01(\tR\x04mend\x12\x18\n" +
-	"\awarning\x18\x04 \x01(\bR\awarning\"\xaf\x01\n" +
+	"\awarning\x18\x04 \x01(\bR\awarning\"v\n" +
+	"\fCheckRequest\x123\n" +
+	"\aservice\x18\x01 \x01(\v2\x19.specql.runner.v1.ServiceR\aservice\x121\n" +
+	"\x04jobs\x18\x02 \x03(\v2\x1d.specql.runner.v1.RecordedJobR\x04jobs\"\xa0\x02\n" +
+	"\vRecordedJob\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x129\n" +
+	"\toperation\x18\x02 \x01(\v2\x1b.specql.runner.v1.OperationR\toperation\x12#\n" +
+	"\rrunner_config\x18\x03 \x01(\fR\frunnerConfig\x12\x14\n" +
+	"\x05input\x18\x04 \x01(\fR\x05input\x125\n" +
+	"\x06checks\x18\x05 \x03(\v2\x1d.specql.runner.v1.PolicyCheckR\x06checks\x125\n" +
+	"\x05usage\x18\x06 \x01(\v2\x1f.specql.runner.v1.ResourceUsageR\x05usage\x12\x1d\n" +
+	"\n" +
+	"error_code\x18\a \x01(\tR\terrorCode\"A\n" +
+	"\rCheckResponse\x120\n" +
+	"\x04jobs\x18\x01 \x03(\v2\x1c.specql.runner.v1.CheckedJobR\x04jobs\"\x8c\x01\n" +
+	"\n" +
+	"CheckedJob\x125\n" +
+	"\x06checks\x18\x01 \x03(\v2\x1d.specql.runner.v1.PolicyCheckR\x06checks\x12-\n" +
+	"\x05error\x18\x02 \x01(\v2\x17.specql.runner.v1.ErrorR\x05error\x12\x18\n" +
+	"\aunknown\x18\x03 \x03(\tR\aunknown\"\xaf\x01\n" +
 	"\x0eExecuteRequest\x12-\n" +
 	"\x05start\x18\x01 \x01(\v2\x15.specql.runner.v1.JobH\x00R\x05start\x122\n" +
 	"\x06cancel\x18\x02 \x01(\v2\x18.specql.runner.v1.CancelH\x00R\x06cancel\x12/\n" +
@@ -1463,11 +1747,12 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x05usage\x18\x04 \x01(\v2\x1f.specql.runner.v1.ResourceUsageR\x05usage\x12=\n" +
 	"\bsecurity\x18\x05 \x01(\v2!.specql.runner.v1.SecurityContextR\bsecurity\x12\x1f\n" +
 	"\vhanded_back\x18\x06 \x01(\bR\n" +
-	"handedBack2\x89\x02\n" +
+	"handedBack2\xd3\x02\n" +
 	"\rRunnerService\x12Q\n" +
 	"\bDescribe\x12!.specql.runner.v1.DescribeRequest\x1a\".specql.runner.v1.DescribeResponse\x12Q\n" +
 	"\bValidate\x12!.specql.runner.v1.ValidateRequest\x1a\".specql.runner.v1.ValidateResponse\x12R\n" +
-	"\aExecute\x12 .specql.runner.v1.ExecuteRequest\x1a!.specql.runner.v1.ExecuteResponse(\x010\x01B6Z4github.com/specql/mesh/gen/specql/runner/v1;runnerv1b\x06proto3"
+	"\aExecute\x12 .specql.runner.v1.ExecuteRequest\x1a!.specql.runner.v1.ExecuteResponse(\x010\x01\x12H\n" +
+	"\x05Check\x12\x1e.specql.runner.v1.CheckRequest\x1a\x1f.specql.runner.v1.CheckResponseB6Z4github.com/specql/mesh/gen/specql/runner/v1;runnerv1b\x06proto3"
 
 var (
 	file_specql_runner_v1_runner_proto_rawDescOnce sync.Once
@@ -1481,7 +1766,7 @@ func file_specql_runner_v1_runner_proto_rawDescGZIP() []byte {
 	return file_specql_runner_v1_runner_proto_rawDescData
 }
 
-var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*DescribeRequest)(nil),       // 0: specql.runner.v1.DescribeRequest
 	(*DescribeResponse)(nil),      // 1: specql.runner.v1.DescribeResponse
@@ -1492,57 +1777,72 @@ var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*ValidateRequest)(nil),       // 6: specql.runner.v1.ValidateRequest
 	(*ValidateResponse)(nil),      // 7: specql.runner.v1.ValidateResponse
 	(*Problem)(nil),               // 8: specql.runner.v1.Problem
-	(*ExecuteRequest)(nil),        // 9: specql.runner.v1.ExecuteRequest
-	(*Job)(nil),                   // 10: specql.runner.v1.Job
-	(*Cancel)(nil),                // 11: specql.runner.v1.Cancel
-	(*Renew)(nil),                 // 12: specql.runner.v1.Renew
-	(*ExecuteResponse)(nil),       // 13: specql.runner.v1.ExecuteResponse
-	(*Started)(nil),               // 14: specql.runner.v1.Started
-	(*Renewed)(nil),               // 15: specql.runner.v1.Renewed
-	(*Log)(nil),                   // 16: specql.runner.v1.Log
-	(*Finished)(nil),              // 17: specql.runner.v1.Finished
-	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
-	(*ResourceUsage)(nil),         // 20: specql.runner.v1.ResourceUsage
-	(*Error)(nil),                 // 21: specql.runner.v1.Error
-	(*SecurityContext)(nil),       // 22: specql.runner.v1.SecurityContext
+	(*CheckRequest)(nil),          // 9: specql.runner.v1.CheckRequest
+	(*RecordedJob)(nil),           // 10: specql.runner.v1.RecordedJob
+	(*CheckResponse)(nil),         // 11: specql.runner.v1.CheckResponse
+	(*CheckedJob)(nil),            // 12: specql.runner.v1.CheckedJob
+	(*ExecuteRequest)(nil),        // 13: specql.runner.v1.ExecuteRequest
+	(*Job)(nil),                   // 14: specql.runner.v1.Job
+	(*Cancel)(nil),                // 15: specql.runner.v1.Cancel
+	(*Renew)(nil),                 // 16: specql.runner.v1.Renew
+	(*ExecuteResponse)(nil),       // 17: specql.runner.v1.ExecuteResponse
+	(*Started)(nil),               // 18: specql.runner.v1.Started
+	(*Renewed)(nil),               // 19: specql.runner.v1.Renewed
+	(*Log)(nil),                   // 20: specql.runner.v1.Log
+	(*Finished)(nil),              // 21: specql.runner.v1.Finished
+	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(*PolicyCheck)(nil),           // 23: specql.runner.v1.PolicyCheck
+	(*ResourceUsage)(nil),         // 24: specql.runner.v1.ResourceUsage
+	(*Error)(nil),                 // 25: specql.runner.v1.Error
+	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
+	(*SecurityContext)(nil),       // 27: specql.runner.v1.SecurityContext
 }
 var file_specql_runner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: specql.runner.v1.DescribeResponse.types:type_name -> specql.runner.v1.ExecutionType
 	3,  // 1: specql.runner.v1.DescribeResponse.isolation:type_name -> specql.runner.v1.IsolationFeature
-	18, // 2: specql.runner.v1.DescribeResponse.now:type_name -> google.protobuf.Timestamp
+	22, // 2: specql.runner.v1.DescribeResponse.now:type_name -> google.protobuf.Timestamp
 	4,  // 3: specql.runner.v1.ValidateRequest.service:type_name -> specql.runner.v1.Service
 	5,  // 4: specql.runner.v1.ValidateRequest.operations:type_name -> specql.runner.v1.Operation
 	8,  // 5: specql.runner.v1.ValidateResponse.problems:type_name -> specql.runner.v1.Problem
-	10, // 6: specql.runner.v1.ExecuteRequest.start:type_name -> specql.runner.v1.Job
-	11, // 7: specql.runner.v1.ExecuteRequest.cancel:type_name -> specql.runner.v1.Cancel
-	12, // 8: specql.runner.v1.ExecuteRequest.renew:type_name -> specql.runner.v1.Renew
-	4,  // 9: specql.runner.v1.Job.service:type_name -> specql.runner.v1.Service
-	5,  // 10: specql.runner.v1.Job.operation:type_name -> specql.runner.v1.Operation
-	19, // 11: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
-	19, // 12: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
-	14, // 13: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
-	16, // 14: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
-	20, // 15: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
-	17, // 16: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
-	15, // 17: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
-	18, // 18: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
-	18, // 19: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
-	21, // 20: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
-	19, // 21: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
-	20, // 22: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
-	22, // 23: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
-	0,  // 24: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
-	6,  // 25: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
-	9,  // 26: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
-	1,  // 27: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
-	7,  // 28: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
-	13, // 29: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
-	27, // [27:30] is the sub-list for method output_type
-	24, // [24:27] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	4,  // 6: specql.runner.v1.CheckRequest.service:type_name -> specql.runner.v1.Service
+	10, // 7: specql.runner.v1.CheckRequest.jobs:type_name -> specql.runner.v1.RecordedJob
+	5,  // 8: specql.runner.v1.RecordedJob.operation:type_name -> specql.runner.v1.Operation
+	23, // 9: specql.runner.v1.RecordedJob.checks:type_name -> specql.runner.v1.PolicyCheck
+	24, // 10: specql.runner.v1.RecordedJob.usage:type_name -> specql.runner.v1.ResourceUsage
+	12, // 11: specql.runner.v1.CheckResponse.jobs:type_name -> specql.runner.v1.CheckedJob
+	23, // 12: specql.runner.v1.CheckedJob.checks:type_name -> specql.runner.v1.PolicyCheck
+	25, // 13: specql.runner.v1.CheckedJob.error:type_name -> specql.runner.v1.Error
+	14, // 14: specql.runner.v1.ExecuteRequest.start:type_name -> specql.runner.v1.Job
+	15, // 15: specql.runner.v1.ExecuteRequest.cancel:type_name -> specql.runner.v1.Cancel
+	16, // 16: specql.runner.v1.ExecuteRequest.renew:type_name -> specql.runner.v1.Renew
+	4,  // 17: specql.runner.v1.Job.service:type_name -> specql.runner.v1.Service
+	5,  // 18: specql.runner.v1.Job.operation:type_name -> specql.runner.v1.Operation
+	26, // 19: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
+	26, // 20: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
+	18, // 21: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
+	20, // 22: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
+	24, // 23: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
+	21, // 24: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
+	19, // 25: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
+	22, // 26: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
+	22, // 27: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
+	25, // 28: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
+	26, // 29: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
+	24, // 30: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
+	27, // 31: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
+	0,  // 32: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
+	6,  // 33: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
+	13, // 34: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
+	9,  // 35: specql.runner.v1.RunnerService.Check:input_type -> specql.runner.v1.CheckRequest
+	1,  // 36: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
+	7,  // 37: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
+	17, // 38: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
+	11, // 39: specql.runner.v1.RunnerService.Check:output_type -> specql.runner.v1.CheckResponse
+	36, // [36:40] is the sub-list for method output_type
+	32, // [32:36] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_specql_runner_v1_runner_proto_init() }
@@ -1551,12 +1851,12 @@ func file_specql_runner_v1_runner_proto_init() {
 		return
 	}
 	file_specql_runner_v1_usage_proto_init()
-	file_specql_runner_v1_runner_proto_msgTypes[9].OneofWrappers = []any{
+	file_specql_runner_v1_runner_proto_msgTypes[13].OneofWrappers = []any{
 		(*ExecuteRequest_Start)(nil),
 		(*ExecuteRequest_Cancel)(nil),
 		(*ExecuteRequest_Renew)(nil),
 	}
-	file_specql_runner_v1_runner_proto_msgTypes[13].OneofWrappers = []any{
+	file_specql_runner_v1_runner_proto_msgTypes[17].OneofWrappers = []any{
 		(*ExecuteResponse_Started)(nil),
 		(*ExecuteResponse_Log)(nil),
 		(*ExecuteResponse_Usage)(nil),
@@ -1569,7 +1869,7 @@ func file_specql_runner_v1_runner_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_specql_runner_v1_runner_proto_rawDesc), len(file_specql_runner_v1_runner_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,6 +22,7 @@ const (
 	RunnerService_Describe_FullMethodName = "/specql.runner.v1.RunnerService/Describe"
 	RunnerService_Validate_FullMethodName = "/specql.runner.v1.RunnerService/Validate"
 	RunnerService_Execute_FullMethodName  = "/specql.runner.v1.RunnerService/Execute"
+	RunnerService_Check_FullMethodName    = "/specql.runner.v1.RunnerService/Check"
 )
 
 // RunnerServiceClient is the client API for RunnerService service.
@@ -46,6 +47,9 @@ type RunnerServiceClient interface {
 	// full (nothing was started), UNAVAILABLE when it drains, NOT_FOUND when there is nothing
 	// here that an attach_only could attach to, ABORTED when a higher epoch took the job over.
 	Execute(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ExecuteRequest, ExecuteResponse], error)
+	// Check tells what a policy would say of jobs of the past, from what is recorded of them. It
+	// runs nothing. A runner that cannot tell answers UNIMPLEMENTED.
+	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error)
 }
 
 type runnerServiceClient struct {
@@ -89,6 +93,16 @@ func (c *runnerServiceClient) Execute(ctx context.Context, opts ...grpc.CallOpti
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type RunnerService_ExecuteClient = grpc.BidiStreamingClient[ExecuteRequest, ExecuteResponse]
 
+func (c *runnerServiceClient) Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CheckResponse)
+	err := c.cc.Invoke(ctx, RunnerService_Check_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // RunnerServiceServer is the server API for RunnerService service.
 // All implementations must embed UnimplementedRunnerServiceServer
 // for forward compatibility.
@@ -111,6 +125,9 @@ type RunnerServiceServer interface {
 	// full (nothing was started), UNAVAILABLE when it drains, NOT_FOUND when there is nothing
 	// here that an attach_only could attach to, ABORTED when a higher epoch took the job over.
 	Execute(grpc.BidiStreamingServer[ExecuteRequest, ExecuteResponse]) error
+	// Check tells what a policy would say of jobs of the past, from what is recorded of them. It
+	// runs nothing. A runner that cannot tell answers UNIMPLEMENTED.
+	Check(context.Context, *CheckRequest) (*CheckResponse, error)
 	mustEmbedUnimplementedRunnerServiceServer()
 }
 
@@ -129,6 +146,9 @@ func (UnimplementedRunnerServiceServer) Validate(context.Context, *ValidateReque
 }
 func (UnimplementedRunnerServiceServer) Execute(grpc.BidiStreamingServer[ExecuteRequest, ExecuteResponse]) error {
 	return status.Error(codes.Unimplemented, "method Execute not implemented")
+}
+func (UnimplementedRunnerServiceServer) Check(context.Context, *CheckRequest) (*CheckResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
 }
 func (UnimplementedRunnerServiceServer) mustEmbedUnimplementedRunnerServiceServer() {}
 func (UnimplementedRunnerServiceServer) testEmbeddedByValue()                       {}
@@ -194,6 +214,24 @@ func _RunnerService_Execute_Handler(srv interface{}, stream grpc.ServerStream) e
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type RunnerService_ExecuteServer = grpc.BidiStreamingServer[ExecuteRequest, ExecuteResponse]
 
+func _RunnerService_Check_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CheckRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RunnerServiceServer).Check(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RunnerService_Check_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RunnerServiceServer).Check(ctx, req.(*CheckRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // RunnerService_ServiceDesc is the grpc.ServiceDesc for RunnerService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -208,6 +246,10 @@ var RunnerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Validate",
 			Handler:    _RunnerService_Validate_Handler,
+		},
+		{
+			MethodName: "Check",
+			Handler:    _RunnerService_Check_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -9,6 +9,7 @@ package runnerv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	structpb "google.golang.org/protobuf/types/known/structpb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -333,7 +334,13 @@ type PolicyCheck struct {
 	// Whether the policy allows it.
 	Allowed bool `protobuf:"varint,3,opt,name=allowed,proto3" json:"allowed,omitempty"`
 	// Why not, and the smallest change that would allow it. Empty where allowed.
-	Detail        string `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	Detail string `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	// The smallest changes of policies that together would allow it. Empty where it is allowed, and
+	// where no policy could allow it.
+	AllowedBy []*PolicyChange `protobuf:"bytes,5,rep,name=allowed_by,json=allowedBy,proto3" json:"allowed_by,omitempty"`
+	// Where the rule stands in the registry that the run began with, as file:line:column; what the
+	// policy does not say has the place of what it would stand in. The orchestrator sets it, of denials.
+	RuleSource    string `protobuf:"bytes,6,opt,name=rule_source,json=ruleSource,proto3" json:"rule_source,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -396,6 +403,102 @@ func (x *PolicyCheck) GetDetail() string {
 	return ""
 }
 
+func (x *PolicyCheck) GetAllowedBy() []*PolicyChange {
+	if x != nil {
+		return x.AllowedBy
+	}
+	return nil
+}
+
+func (x *PolicyCheck) GetRuleSource() string {
+	if x != nil {
+		return x.RuleSource
+	}
+	return ""
+}
+
+// PolicyChange is a change of one key of a policy.
+type PolicyChange struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The key, such as allowed_commands or resource_limits.memory_mb.
+	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// Entries to add to the list at the key.
+	Add []*structpb.Value `protobuf:"bytes,2,rep,name=add,proto3" json:"add,omitempty"`
+	// The new value of the key, where it is no list.
+	Set *structpb.Value `protobuf:"bytes,3,opt,name=set,proto3" json:"set,omitempty"`
+	// The number that the limit at the key has to be above, where nobody can tell what would be enough.
+	Above *float64 `protobuf:"fixed64,4,opt,name=above,proto3,oneof" json:"above,omitempty"`
+	// It is the operator's policy of the runner (--policy) that has to change, not the registry's.
+	Ceiling       bool `protobuf:"varint,5,opt,name=ceiling,proto3" json:"ceiling,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicyChange) Reset() {
+	*x = PolicyChange{}
+	mi := &file_specql_runner_v1_usage_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicyChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicyChange) ProtoMessage() {}
+
+func (x *PolicyChange) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_runner_v1_usage_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicyChange.ProtoReflect.Descriptor instead.
+func (*PolicyChange) Descriptor() ([]byte, []int) {
+	return file_specql_runner_v1_usage_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *PolicyChange) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *PolicyChange) GetAdd() []*structpb.Value {
+	if x != nil {
+		return x.Add
+	}
+	return nil
+}
+
+func (x *PolicyChange) GetSet() *structpb.Value {
+	if x != nil {
+		return x.Set
+	}
+	return nil
+}
+
+func (x *PolicyChange) GetAbove() float64 {
+	if x != nil && x.Above != nil {
+		return *x.Above
+	}
+	return 0
+}
+
+func (x *PolicyChange) GetCeiling() bool {
+	if x != nil {
+		return x.Ceiling
+	}
+	return false
+}
+
 // Error says why a job or a run failed.
 type Error struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -414,7 +517,7 @@ type Error struct {
 
 func (x *Error) Reset() {
 	*x = Error{}
-	mi := &file_specql_runner_v1_usage_proto_msgTypes[3]
+	mi := &file_specql_runner_v1_usage_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -426,7 +529,7 @@ func (x *Error) String() string {
 func (*Error) ProtoMessage() {}
 
 func (x *Error) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_usage_proto_msgTypes[3]
+	mi := &file_specql_runner_v1_usage_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -439,7 +542,7 @@ func (x *Error) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Error.ProtoReflect.Descriptor instead.
 func (*Error) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_usage_proto_rawDescGZIP(), []int{3}
+	return file_specql_runner_v1_usage_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Error) GetCode() string {
@@ -474,7 +577,7 @@ var File_specql_runner_v1_usage_proto protoreflect.FileDescriptor
 
 const file_specql_runner_v1_usage_proto_rawDesc = "" +
 	"\n" +
-	"\x1cspecql/runner/v1/usage.proto\x12\x10specql.runner.v1\"\xbe\b\n" +
+	"\x1cspecql/runner/v1/usage.proto\x12\x10specql.runner.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xbe\b\n" +
 	"\rResourceUsage\x12.\n" +
 	"\x10duration_seconds\x18\x01 \x01(\x01H\x00R\x0fdurationSeconds\x88\x01\x01\x12$\n" +
 	"\vcpu_seconds\x18\x02 \x01(\x01H\x01R\n" +
@@ -527,12 +630,23 @@ const file_specql_runner_v1_usage_proto_rawDesc = "" +
 	"\asubject\x18\x03 \x01(\tR\asubject\x12\x1b\n" +
 	"\ttenant_id\x18\x04 \x01(\tR\btenantId\x12\x16\n" +
 	"\x06runner\x18\x05 \x01(\tR\x06runner\x12\x1c\n" +
-	"\tisolation\x18\x06 \x03(\tR\tisolation\"m\n" +
+	"\tisolation\x18\x06 \x03(\tR\tisolation\"\xcd\x01\n" +
 	"\vPolicyCheck\x12\x12\n" +
 	"\x04rule\x18\x01 \x01(\tR\x04rule\x12\x18\n" +
 	"\asubject\x18\x02 \x01(\tR\asubject\x12\x18\n" +
 	"\aallowed\x18\x03 \x01(\bR\aallowed\x12\x16\n" +
-	"\x06detail\x18\x04 \x01(\tR\x06detail\"o\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\x12=\n" +
+	"\n" +
+	"allowed_by\x18\x05 \x03(\v2\x1e.specql.runner.v1.PolicyChangeR\tallowedBy\x12\x1f\n" +
+	"\vrule_source\x18\x06 \x01(\tR\n" +
+	"ruleSource\"\xb3\x01\n" +
+	"\fPolicyChange\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12(\n" +
+	"\x03add\x18\x02 \x03(\v2\x16.google.protobuf.ValueR\x03add\x12(\n" +
+	"\x03set\x18\x03 \x01(\v2\x16.google.protobuf.ValueR\x03set\x12\x19\n" +
+	"\x05above\x18\x04 \x01(\x01H\x00R\x05above\x88\x01\x01\x12\x18\n" +
+	"\aceiling\x18\x05 \x01(\bR\aceilingB\b\n" +
+	"\x06_above\"o\n" +
 	"\x05Error\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x1c\n" +
@@ -551,20 +665,25 @@ func file_specql_runner_v1_usage_proto_rawDescGZIP() []byte {
 	return file_specql_runner_v1_usage_proto_rawDescData
 }
 
-var file_specql_runner_v1_usage_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_specql_runner_v1_usage_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_specql_runner_v1_usage_proto_goTypes = []any{
 	(*ResourceUsage)(nil),   // 0: specql.runner.v1.ResourceUsage
 	(*SecurityContext)(nil), // 1: specql.runner.v1.SecurityContext
 	(*PolicyCheck)(nil),     // 2: specql.runner.v1.PolicyCheck
-	(*Error)(nil),           // 3: specql.runner.v1.Error
+	(*PolicyChange)(nil),    // 3: specql.runner.v1.PolicyChange
+	(*Error)(nil),           // 4: specql.runner.v1.Error
+	(*structpb.Value)(nil),  // 5: google.protobuf.Value
 }
 var file_specql_runner_v1_usage_proto_depIdxs = []int32{
 	2, // 0: specql.runner.v1.SecurityContext.checks:type_name -> specql.runner.v1.PolicyCheck
-	1, // [1:1] is the sub-list for method output_type
-	1, // [1:1] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	3, // 1: specql.runner.v1.PolicyCheck.allowed_by:type_name -> specql.runner.v1.PolicyChange
+	5, // 2: specql.runner.v1.PolicyChange.add:type_name -> google.protobuf.Value
+	5, // 3: specql.runner.v1.PolicyChange.set:type_name -> google.protobuf.Value
+	4, // [4:4] is the sub-list for method output_type
+	4, // [4:4] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_specql_runner_v1_usage_proto_init() }
@@ -573,13 +692,14 @@ func file_specql_runner_v1_usage_proto_init() {
 		return
 	}
 	file_specql_runner_v1_usage_proto_msgTypes[0].OneofWrappers = []any{}
+	file_specql_runner_v1_usage_proto_msgTypes[3].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_specql_runner_v1_usage_proto_rawDesc), len(file_specql_runner_v1_usage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
