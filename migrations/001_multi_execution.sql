@@ -364,6 +364,39 @@ CREATE TABLE IF NOT EXISTS jobs.tb_execution_type (
     changed_at timestamptz NOT NULL DEFAULT now()
 );
 
+-- How alerts stand, what changed, and who evaluates them.
+CREATE TABLE IF NOT EXISTS jobs.tb_alert (
+    name         text        NOT NULL PRIMARY KEY CHECK (name <> ''),
+    state        text        NOT NULL CHECK (state IN ('inactive', 'pending', 'firing', 'resolved')),
+    since        timestamptz NOT NULL,
+    held_since   timestamptz,
+    evaluated_at timestamptz NOT NULL,
+    figures      jsonb       NOT NULL DEFAULT '{}',
+    detail       text        NOT NULL DEFAULT ''
+);
+
+-- notify_status is empty where nobody is to be told, then pending, started or failed.
+CREATE TABLE IF NOT EXISTS jobs.tb_alert_event (
+    id            uuid        NOT NULL PRIMARY KEY,
+    alert         text        NOT NULL,
+    old_state     text        NOT NULL,
+    new_state     text        NOT NULL,
+    occurred_at   timestamptz NOT NULL,
+    figures       jsonb       NOT NULL DEFAULT '{}',
+    notify_status text        NOT NULL DEFAULT '',
+    notify_input  jsonb,
+    notify_run_id text        NOT NULL DEFAULT '',
+    notify_error  text        NOT NULL DEFAULT ''
+);
+CREATE INDEX IF NOT EXISTS ix_alert_event_alert ON jobs.tb_alert_event (alert, occurred_at DESC);
+CREATE INDEX IF NOT EXISTS ix_alert_event_notify ON jobs.tb_alert_event (occurred_at) WHERE notify_status = 'pending';
+
+CREATE TABLE IF NOT EXISTS jobs.tb_alert_lease (
+    id         integer     NOT NULL PRIMARY KEY CHECK (id = 1),
+    owner      text        NOT NULL,
+    expires_at timestamptz NOT NULL
+);
+
 -- Orchestrators that live, or have not been seen to be dead. One that was has buried_at, and begins nothing
 -- until it registers again.
 CREATE TABLE IF NOT EXISTS jobs.tb_orchestrator (
@@ -1215,5 +1248,6 @@ $$;
 -- The versions that a database now has: every change to this file is one more. This statement is the last.
 INSERT INTO jobs.tb_schema_version (version, name) VALUES
     (1, '001_multi_execution'),
-    (2, '002_limits')
+    (2, '002_limits'),
+    (3, '003_alerts')
 ON CONFLICT DO NOTHING;

@@ -576,7 +576,7 @@ func (p *registryParser) operation(service *Service, n *node, path string) *Oper
 // maxRetries bounds what a document may ask for.
 const maxRetries = 100
 
-var metricSuffixes = []string{"_error_rate", "_failures", "_p95_seconds"}
+var metricSuffixes = []string{"_error_rate", "_failures", "_p50_seconds", "_p95_seconds", "_p99_seconds"}
 
 var plainMetrics = []string{"resource_violations", "security_violations", "cost_per_hour"}
 
@@ -667,6 +667,8 @@ func (p *registryParser) metricCondition(n *node, path string) *expr.Condition {
 		})
 		if !known {
 			p.errorf(n.pos, path, p.suggest(ref.Root, metricNames()), "unknown metric %q", clip(ref.Root))
+		} else if ref.Path != "" {
+			p.errorf(n.pos, path, "write "+ref.Root, "the metric %s is a number and has no fields", ref.Root)
 		}
 	}
 	return condition

@@ -34,15 +34,15 @@ func main() { os.Exit(run()) }
 const garbage = 64 << 20
 
 type settings struct {
-	listen, console, metrics          string
-	database, registry, entities, env string
-	runners                           []string
-	maxRuns                           int
-	drain                             time.Duration
-	retain                            string
-	cert, key, ca                     string
-	insecure, version                 bool
-	level, format                     string
+	listen, console, metrics                  string
+	database, registry, entities, alerts, env string
+	runners                                   []string
+	maxRuns                                   int
+	drain                                     time.Duration
+	retain                                    string
+	cert, key, ca                             string
+	insecure, version                         bool
+	level, format                             string
 }
 
 func run() int {
@@ -58,6 +58,7 @@ func run() int {
 	flags.StringVar(&s.database, "database", "", "sqlite:PATH, or the URL of a PostgreSQL database, such as postgres://specql@db/specql")
 	flags.StringVar(&s.registry, "registry", "", "file of the service registry; without it, what the database has is in force")
 	flags.StringVar(&s.entities, "entities", "", "folder of the entity files")
+	flags.StringVar(&s.alerts, "alerts", "", "file of alerts, beside those of the registry")
 	flags.StringVar(&s.env, "env", "", "overlay of the registry, such as production")
 	flags.StringSliceVar(&s.runners, "runner", nil, "TYPE=ADDRESS of a runner, such as http=dns:///http-runner:9090; repeatable")
 	flags.IntVar(&s.maxRuns, "max-runs", 10_000, "how many runs are walked at once; others wait")
@@ -185,6 +186,9 @@ func (s *settings) documents(o *server.Options) error {
 		if s.entities != "" {
 			return errors.New("--entities needs --registry")
 		}
+		if s.alerts != "" {
+			return errors.New("--alerts needs --registry")
+		}
 		return nil
 	}
 	content, err := os.ReadFile(s.registry)
@@ -192,6 +196,13 @@ func (s *settings) documents(o *server.Options) error {
 		return fmt.Errorf("--registry: %w", err)
 	}
 	o.Registry = &spec.File{Name: s.registry, Content: content}
+	if s.alerts != "" {
+		content, err := os.ReadFile(s.alerts)
+		if err != nil {
+			return fmt.Errorf("--alerts: %w", err)
+		}
+		o.Alerts = &spec.File{Name: s.alerts, Content: content}
+	}
 	if s.entities == "" {
 		return nil
 	}

@@ -34,6 +34,7 @@ type metrics struct {
 	commits     prometheus.Histogram
 	records     prometheus.Histogram
 	failures    prometheus.Counter
+	alerts      *prometheus.CounterVec
 }
 
 // newMetrics makes the figures of an orchestrator that has runners of these types.
@@ -76,12 +77,15 @@ func newMetrics(types []string) *metrics {
 			Name: "specql_journal_commit_records", Help: "How many records one commit of the journal holds.",
 			Buckets: prometheus.ExponentialBuckets(1, 2, 9),
 		}),
+		alerts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "specql_alert_changes_total", Help: "Changes of alerts that this orchestrator evaluated, by the state after.",
+		}, []string{"to"}),
 		failures: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "specql_journal_commit_failures_total", Help: "Commits of the journal that failed for good.",
 		}),
 	}
 	m.registry.MustRegister(m.runs, m.runDuration, m.jobs, m.jobDuration, m.cost, m.retries, m.inFlight, m.attempts, m.queued,
-		m.commits, m.records, m.failures)
+		m.commits, m.records, m.failures, m.alerts)
 	return m
 }
 
@@ -90,6 +94,8 @@ func (m *metrics) walking(count func() int) {
 		Name: "specql_runs_walking", Help: "Runs that are being walked, sleeping ones included.",
 	}, func() float64 { return float64(count()) }))
 }
+
+func (m *metrics) alertChanged(_, to string) { m.alerts.WithLabelValues(to).Inc() }
 
 func (m *metrics) commit(records int, took time.Duration, err error) {
 	m.commits.Observe(took.Seconds())

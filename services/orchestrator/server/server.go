@@ -23,6 +23,7 @@ import (
 	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/pkg/spec"
 	"github.com/specql/mesh/pkg/telemetry"
+	"github.com/specql/mesh/services/orchestrator/internal/alert"
 	"github.com/specql/mesh/services/orchestrator/internal/api"
 	"github.com/specql/mesh/services/orchestrator/internal/console"
 	"github.com/specql/mesh/services/orchestrator/internal/dispatch"
@@ -50,6 +51,8 @@ type Options struct {
 	// database has is in force.
 	Registry *spec.File
 	Entities []spec.File
+	// Alerts is a file of alerts alone, beside those of the registry; nil for none.
+	Alerts *spec.File
 	// Env chooses the overlay.
 	Env       string
 	LookupEnv func(string) (string, bool)
@@ -140,7 +143,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	srv := mesh.NewServer(o.Credentials, mesh.ServerOptions{Logger: o.Logger, Registerer: m.registry, ServerOptions: api.Interceptors()})
 	specqlv1.RegisterOrchestratorServiceServer(srv, &api.Orchestrator{Engine: eng, Store: st, Registry: reg, Intake: in, Logger: o.Logger})
 	specqlv1.RegisterRegistryServiceServer(srv, &api.Registry{Registry: reg, Runners: dispatcher, Types: st, Refresh: eng.Refreshed, Logger: o.Logger})
-	specqlv1.RegisterInsightServiceServer(srv, &api.Insight{Store: st})
+	specqlv1.RegisterInsightServiceServer(srv, &api.Insight{Store: st, Alerts: st, Registry: reg})
 
 	serving, stop := context.WithCancel(ctx)
 	defer stop()
@@ -156,6 +159,15 @@ func Run(ctx context.Context, o Options) (err error) {
 		o.Logger.Info("runs go on where they were", "runs", n)
 	}
 	group.Go(func() error { return srv.Serve(gctx, o.Listener) })
+	group.Go(func() error {
+		alert.Run(gctx, alert.Options{
+			Store: st, Alerts: func() []*spec.Alert { return reg.Current().Registry.Alerts }, Clock: clock, Logger: o.Logger, Owner: owner.String(),
+			Changed: m.alertChanged, Notify: func(ctx context.Context, service, operation string, input map[string]any, key string) (string, error) {
+				return notify(ctx, in, eng, service, operation, input, key)
+			},
+		})
+		return nil
+	})
 	if o.Metrics != nil {
 		group.Go(func() error {
 			return telemetry.ServeHTTP(gctx, o.Metrics, telemetry.Handler(m.registry, func(context.Context) error { return gctx.Err() }))
@@ -169,6 +181,22 @@ func Run(ctx context.Context, o Options) (err error) {
 		o.Ready(a)
 	}
 	return group.Wait()
+}
+
+// notify begins the run that tells of an alert, once for each key.
+func notify(ctx context.Context, in *intake.Intake, eng *engine.Engine, service, operation string, input map[string]any, key string) (string, error) {
+	start, err := in.PrepareCall(ctx, service, operation, input, key, store.AlertSubject)
+	if err != nil {
+		return "", err
+	}
+	run, err := eng.Start(ctx, start)
+	if dup, ok := errors.AsType[*store.DuplicateError](err); ok {
+		return dup.RunID, nil
+	}
+	if err != nil {
+		return "", err
+	}
+	return run.ID, nil
 }
 
 // openWait is how long an orchestrator that starts waits for its PostgreSQL.
@@ -205,7 +233,11 @@ func loadRegistry(ctx context.Context, reg *registry.Registry, o Options) error 
 	if o.Registry == nil {
 		return reg.Load(ctx)
 	}
-	s, problems, err := reg.ApplyFiles(ctx, registry.FromFiles(*o.Registry, o.Entities, o.Env))
+	docs := registry.FromFiles(*o.Registry, o.Entities, o.Env)
+	if o.Alerts != nil {
+		docs.Alerts = registry.Document{Name: o.Alerts.Name, Content: string(o.Alerts.Content)}
+	}
+	s, problems, err := reg.ApplyFiles(ctx, docs)
 	if err != nil {
 		return err
 	}

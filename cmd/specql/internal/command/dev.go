@@ -23,6 +23,7 @@ func newDev(s IO) *cobra.Command {
 	var (
 		o                   local.Options
 		registry, entities  string
+		alerts              string
 		runners             []string
 		logLevel, logFormat string
 	)
@@ -64,6 +65,13 @@ func newDev(s IO) *cobra.Command {
 			if err != nil {
 				return misuse("%w", err)
 			}
+			if alerts != "" {
+				file, err := local.ReadFile(alerts)
+				if err != nil {
+					return misuse("--alerts: %w", err)
+				}
+				o.Alerts = &file
+			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
 			ended := context.AfterFunc(ctx, func() {
@@ -77,6 +85,7 @@ func newDev(s IO) *cobra.Command {
 	fs := cmd.Flags()
 	fs.StringVar(&registry, "registry", "", "the service registry")
 	fs.StringVar(&entities, "entities", "", "folder of the entity files")
+	fs.StringVar(&alerts, "alerts", "", "file of alerts, beside those of the registry")
 	fs.StringVar(&o.Env, "env", "", "the overlay; development if the registry has one")
 	fs.StringVar(&o.Data, "data", ".specql", "folder of the database")
 	fs.StringVar(&o.Listen, "listen", defaultAddress, "address of the API, on loopback")

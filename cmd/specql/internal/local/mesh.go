@@ -25,6 +25,8 @@ import (
 type Options struct {
 	Registry spec.File
 	Entities []spec.File
+	// Alerts is a file of alerts alone; nil for none.
+	Alerts *spec.File
 	// Env chooses the overlay; empty for none.
 	Env string
 	// Data is the folder of the database; it is made if it is not there.
@@ -90,7 +92,7 @@ func Run(ctx context.Context, o Options, ready func(Ready)) (err error) {
 		err = server.Run(ctx, server.Options{
 			Listener: api, Console: console,
 			Database: o.Database,
-			Registry: &o.Registry, Entities: o.Entities, Env: o.Env, LookupEnv: os.LookupEnv,
+			Registry: &o.Registry, Entities: o.Entities, Alerts: o.Alerts, Env: o.Env, LookupEnv: os.LookupEnv,
 			Runners: addresses, RunnerCredentials: credentials,
 			DrainTimeout: o.DrainTimeout, Logger: o.Logger, Version: o.Version,
 			Ready: func(a server.Addresses) {

@@ -12,6 +12,7 @@ import (
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
+	"github.com/specql/mesh/services/orchestrator/internal/registry"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
@@ -28,6 +29,9 @@ const (
 type Insight struct {
 	specqlv1.UnimplementedInsightServiceServer
 	Store store.Insight
+	// Alerts is how the alerts of the Registry in force stand.
+	Alerts   store.Alerts
+	Registry *registry.Registry
 }
 
 // jobFilter reads a filter.

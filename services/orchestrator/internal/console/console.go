@@ -26,6 +26,7 @@ type Store interface {
 	Run(ctx context.Context, id string) (*store.Run, error)
 	Jobs(ctx context.Context, runID string, after int64) ([]*store.Job, error)
 	Runs(ctx context.Context, f store.RunFilter) ([]*store.Run, error)
+	AlertStates(ctx context.Context) ([]*store.AlertState, error)
 }
 
 const pageSize = 100
@@ -59,6 +60,7 @@ func New(s Store, logger *slog.Logger) (http.Handler, error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", h.runs)
 	mux.HandleFunc("GET /runs/{id}", h.run)
+	mux.HandleFunc("GET /alerts", h.alerts)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	return guard(mux), nil
 }
@@ -99,6 +101,15 @@ func (h *handler) runs(w http.ResponseWriter, r *http.Request) {
 		next = runs[len(runs)-1].ID
 	}
 	h.page(w, "runs.html", map[string]any{"Runs": runs, "Next": next})
+}
+
+func (h *handler) alerts(w http.ResponseWriter, r *http.Request) {
+	states, err := h.store.AlertStates(r.Context())
+	if err != nil {
+		h.fail(w, err)
+		return
+	}
+	h.page(w, "alerts.html", map[string]any{"Alerts": states})
 }
 
 func (h *handler) run(w http.ResponseWriter, r *http.Request) {

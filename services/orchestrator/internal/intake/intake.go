@@ -270,6 +270,20 @@ func (in *Intake) PrepareJob(ctx context.Context, j *store.Job) (*engine.StartRe
 	return start, nil
 }
 
+// PrepareCall makes a start of a run of one call, that the mesh itself asks for.
+func (in *Intake) PrepareCall(ctx context.Context, service, operation string, input map[string]any, key, subject string) (*engine.StartRequest, error) {
+	if problem := find(in.Registry.Current().Registry, service, operation); problem != nil {
+		return nil, problem
+	}
+	start, err := in.sql(in.Prepare(ctx, &Request{Workflow: singleCall(service, operation), Input: input, IdempotencyKey: key, Subject: subject}))
+	if err != nil {
+		return nil, err
+	}
+	call := start.Plan.Calls()[0]
+	start.Action = call.Service.Name + "." + call.Operation.Name
+	return start, nil
+}
+
 // find says what is wrong with the names of a service and its operation; nil for nothing.
 func find(reg *spec.Registry, service, operation string) *fault.Error {
 	s := reg.Service(service)

@@ -68,6 +68,7 @@ func Build(ctx context.Context, d Documents, o BuildOptions) (*Snapshot, spec.Pr
 	vars := newLookup(d.Vars, o.LookupEnv)
 	so := spec.Options{Env: d.Env, LookupEnv: vars.get, Strict: o.Strict}
 	reg, problems := spec.ParseRegistry(d.Registry.file(), so)
+	problems = append(problems, addAlerts(reg, d.Alerts, so)...)
 	s := &Snapshot{Registry: reg, Env: d.Env, plans: map[string]*plan.Plan{}}
 	first := map[string]*spec.Entity{}
 	for _, doc := range d.Entities {
@@ -97,6 +98,7 @@ func Build(ctx context.Context, d Documents, o BuildOptions) (*Snapshot, spec.Pr
 			})
 		})
 		problems = append(problems, found...)
+		problems = append(problems, checkAlerts(reg)...)
 		for _, e := range s.Entities {
 			for _, a := range e.Actions {
 				p, ps := plan.Compile(a, e, reg)
@@ -188,6 +190,65 @@ func checkServices(ctx context.Context, reg *spec.Registry, runners Runners) spe
 		}
 	}
 	return out
+}
+
+// addAlerts reads a file of alerts into a registry.
+func addAlerts(reg *spec.Registry, doc Document, o spec.Options) spec.Problems {
+	if doc.Name == "" && doc.Content == "" {
+		return nil
+	}
+	o.Env = "" // it has no overlays
+	file, problems := spec.ParseRegistry(doc.file(), o)
+	if file == nil || reg == nil {
+		return problems
+	}
+	if len(file.Services) > 0 || len(file.Envs) > 0 {
+		problems = append(problems, spec.Problem{Position: spec.Position{File: doc.Name}, Path: "services", Message: "a file of alerts holds alerts alone", Mend: "move the services into the registry"})
+	}
+	for _, a := range file.Alerts {
+		if i := slices.IndexFunc(reg.Alerts, func(b *spec.Alert) bool { return a.Name == b.Name }); i >= 0 {
+			problems = append(problems, spec.Problem{
+				Position: a.Position, Path: "alerts." + a.Name, Message: fmt.Sprintf("the alert %q is there already, in %s", a.Name, reg.Alerts[i].Position), Mend: "rename one of the two",
+			})
+			continue
+		}
+		reg.Alerts = append(reg.Alerts, a)
+	}
+	return problems
+}
+
+// checkAlerts finds alerts that tell a service or an operation that is not there.
+func checkAlerts(reg *spec.Registry) spec.Problems {
+	var out spec.Problems
+	for _, a := range reg.Alerts {
+		if a.Notify == nil || a.Notify.Service == "" {
+			continue
+		}
+		p := spec.Problem{Position: a.Notify.Position, Path: fmt.Sprintf("alerts.%s.notify", a.Name)}
+		svc := reg.Service(a.Notify.Service)
+		switch {
+		case svc == nil:
+			p.Message = fmt.Sprintf("there is no service %q", a.Notify.Service)
+			p.Mend = oneOf(a.Notify.Service, reg.ServiceNames())
+		case a.Notify.Operation != "" && svc.Operation(a.Notify.Operation) == nil:
+			p.Message = fmt.Sprintf("the service %s has no operation %q", svc.Name, a.Notify.Operation)
+			p.Mend = oneOf(a.Notify.Operation, svc.OperationNames())
+		default:
+			continue
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+func oneOf(name string, names []string) string {
+	if guess := spec.DidYouMean(name, names); guess != "" {
+		return fmt.Sprintf("did you mean %q?", guess)
+	}
+	if len(names) == 0 {
+		return "there are none"
+	}
+	return "there are " + strings.Join(names[:min(len(names), 20)], ", ")
 }
 
 // byIndex turns the runner's operations.NAME into the document's operations[i].

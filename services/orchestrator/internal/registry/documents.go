@@ -27,7 +27,9 @@ func (d Document) file() spec.File { return spec.File{Name: d.Name, Content: []b
 type Documents struct {
 	Registry Document   `json:"registry"`
 	Entities []Document `json:"entities,omitempty"`
-	Env      string     `json:"env,omitempty"`
+	// Alerts are a file of their own; its alerts go with those of the registry.
+	Alerts Document `json:"alerts,omitzero"`
+	Env    string   `json:"env,omitempty"`
 	// Vars are the variables that ${NAME} named, and their values.
 	Vars map[string]string `json:"vars,omitempty"`
 }

@@ -131,6 +131,7 @@ func (r *Registry) Validate(ctx context.Context, d Documents, strict bool) (spec
 // Apply checks documents that a caller sent and puts them in force, unless a problem is an
 // error: then the snapshot is nil and what was in force stays.
 func (r *Registry) Apply(ctx context.Context, d Documents) (*Snapshot, spec.Problems, error) {
+	d.Alerts = r.CurrentDocuments().Alerts // a file of the operator's, which no caller sends
 	return r.put(ctx, d, BuildOptions{LookupEnv: r.public, Runners: r.runners, PublicOnly: true})
 }
 

@@ -404,6 +404,8 @@ type Store interface {
 
 	// Insight tells of past and present jobs.
 	Insight
+	// Alerts keeps how alerts stand.
+	Alerts
 
 	// Close releases the database.
 	Close() error

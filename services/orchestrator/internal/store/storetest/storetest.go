@@ -108,6 +108,8 @@ func Run(t *testing.T, open func(*testing.T) store.Store, options ...Option) {
 		{"FrontDoor", s.testFrontDoor},
 		{"RolledBack", s.testRolledBack},
 		{"ConcurrentAdoption", s.testConcurrentAdoption},
+		{"Alerts", testAlerts},
+		{"WindowFigures", testWindowFigures},
 		{"Listen", s.testListen},
 		{"ListenEnds", testListenEnds},
 		{"Insight", testInsight},
