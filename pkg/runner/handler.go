@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
@@ -216,6 +217,42 @@ func (h *Handler) validate(ctx context.Context, req *runnerv1.ValidateRequest) (
 		s.Operations = append(s.Operations, Operation{Name: o.GetName(), Config: config})
 	}
 	return h.runner.Validate(ctx, s)
+}
+
+// Limits implements RunnerService.
+func (h *Handler) Limits(ctx context.Context, req *runnerv1.LimitsRequest) (*runnerv1.LimitsResponse, error) {
+	limiter, ok := h.runner.(Limiter)
+	if !ok {
+		return nil, status.Error(codes.Unimplemented, "this runner has no limits that span replicas")
+	}
+	limits, err := h.limits(ctx, limiter, req)
+	if err != nil {
+		return nil, fault.ToStatus(err).Err()
+	}
+	resp := &runnerv1.LimitsResponse{}
+	for _, l := range limits {
+		resp.Limits = append(resp.Limits, &runnerv1.Limit{
+			Key: l.Key, Window: durationpb.New(l.Window), MaxAttempts: l.MaxAttempts, MaxCostUsd: l.MaxCost, CostUsd: l.Cost, Budget: l.Budget, Rule: l.Rule,
+		})
+	}
+	return resp, nil
+}
+
+func (h *Handler) limits(ctx context.Context, limiter Limiter, req *runnerv1.LimitsRequest) (limits []Limit, err error) {
+	defer h.recovered(ctx, "Limits", &err)
+	s, err := newService(req.GetService())
+	if err != nil {
+		return nil, fault.New(fault.Validation, "service.%v", err)
+	}
+	if err := h.serves(s.ExecutionType); err != nil {
+		return nil, err
+	}
+	config, err := object(req.GetOperation().GetConfig())
+	if err != nil {
+		return nil, fault.New(fault.Validation, "operation: %v", err)
+	}
+	s.Operations = []Operation{{Name: req.GetOperation().GetName(), Config: config}}
+	return limiter.Limits(ctx, s)
 }
 
 func (h *Handler) serves(executionType string) error {

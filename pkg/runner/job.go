@@ -79,10 +79,11 @@ func newJob(p *runnerv1.Job) (*Job, error) {
 	return &Job{
 		ID: p.GetId(), RunID: p.GetRunId(), StepPath: p.GetStepPath(), Attempt: int(p.GetAttempt()),
 		IdempotencyKey: p.GetIdempotencyKey(), Epoch: p.GetEpoch(), Service: *service,
-		Operation: Operation{Name: p.GetOperation().GetName(), Config: config},
-		Input:     input,
-		Timeout:   min(cmp.Or(p.GetTimeout().AsDuration(), longestTimeout), longestTimeout),
-		Subject:   p.GetSubject(), TenantID: p.GetTenantId(), CorrelationID: p.GetCorrelationId(),
+		Operation:    Operation{Name: p.GetOperation().GetName(), Config: config},
+		Input:        input,
+		Timeout:      min(cmp.Or(p.GetTimeout().AsDuration(), longestTimeout), longestTimeout),
+		ReservedCost: p.ReservedCostUsd, //nolint:protogetter // absent is not zero
+		Subject:      p.GetSubject(), TenantID: p.GetTenantId(), CorrelationID: p.GetCorrelationId(),
 	}, nil
 }
 
@@ -123,7 +124,10 @@ func (j *job) finished(res *Result, err, cause error, took time.Duration, identi
 		res = &Result{}
 	}
 	failure := fault.From(cmp.Or(cause, err, res.Err))
-	fin := &runnerv1.Finished{Usage: &runnerv1.ResourceUsage{}, Security: &runnerv1.SecurityContext{}}
+	fin := &runnerv1.Finished{
+		Unused: res.Unused || res.LimitsChanged, LimitsChanged: res.LimitsChanged, Closes: res.Closes && failure != nil && failure.RetryAfter > 0,
+		Usage: &runnerv1.ResourceUsage{}, Security: &runnerv1.SecurityContext{},
+	}
 	if res.Usage != nil {
 		fin.Usage = proto.CloneOf(res.Usage)
 	}

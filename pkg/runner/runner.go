@@ -29,6 +29,30 @@ type JobRunner interface {
 	Execute(ctx context.Context, job *Job, sink Sink) (*Result, error)
 }
 
+// Limiter is a [JobRunner] with limits that hold over all of its replicas: the orchestrators count for it.
+type Limiter interface {
+	// Limits of the one operation that the service comes with; none where nothing is to be counted. It is asked
+	// now and then, and again where a Result says that the limits changed. An error means that the runner could not tell.
+	Limits(ctx context.Context, s *Service) ([]Limit, error)
+}
+
+// Limit bounds the attempts with one key in any window. An attempt counts from before it begins until the window
+// after its end has passed.
+type Limit struct {
+	// Key names what is counted together, such as service/stripe_api; at most 500 bytes.
+	Key    string
+	Window time.Duration
+	// MaxAttempts in any window; 0 is no bound.
+	MaxAttempts int64
+	// MaxCost in any window, in US dollars; 0 is no bound. Cost is the most that one attempt can cost, which counts
+	// until CostUsd of its usage is known.
+	MaxCost, Cost float64
+	// Budget makes attempts for which there is no room fail with BUDGET_EXCEEDED; others wait.
+	Budget bool
+	// Rule names the limit in messages, such as security_policy.rate_limit_per_minute of stripe_api.
+	Rule string
+}
+
 // Description is what a runner says of itself.
 type Description struct {
 	// Name of the service, such as shell-runner.
@@ -101,7 +125,10 @@ type Job struct {
 	// Input is a JSON object.
 	Input json.RawMessage
 	// Timeout of the attempt; the context carries it already.
-	Timeout       time.Duration
+	Timeout time.Duration
+	// ReservedCost is what was reserved for the attempt at limits of costs, in US dollars; nil where nobody counts them
+	// over all replicas.
+	ReservedCost  *float64
 	Subject       string
 	TenantID      string
 	CorrelationID string
@@ -117,6 +144,13 @@ type Result struct {
 	Usage *runnerv1.ResourceUsage
 	// Security is what was checked. The kit adds subject, tenant and runner.
 	Security *runnerv1.SecurityContext
+	// Unused says that nothing was called, so that the attempt gives back its slots of limits.
+	Unused bool
+	// Closes says that no replica is to call the service before RetryAfter of Err has passed.
+	Closes bool
+	// LimitsChanged says that nothing was called because the limits are not those that were reserved for. It counts as
+	// no attempt.
+	LimitsChanged bool
 }
 
 // Sink takes what a job says while it runs. Its methods may be called from many

@@ -38,6 +38,8 @@ type call struct {
 	meter  *meter
 
 	outcome outcome
+	// sent: a request went out, or may have. closes: the target wants to be left alone by everybody for a time.
+	sent, closes bool
 	// token is the OAuth token in use, refused the one that the target did not take.
 	token, refused string
 	secrets        []string
@@ -258,6 +260,7 @@ func (c *call) exchange(ctx context.Context, m *message) (res *http.Response, re
 	c.meter.begin()
 	c.requestBytes = int64(len(m.body))
 	start := time.Now()
+	c.sent = true
 	res, err := pool.RoundTrip(req.WithContext(c.meter.trace(ctx)))
 	c.noteConnections()
 	if err != nil {

@@ -163,6 +163,7 @@ func (c *call) refuse(res *http.Response, method string, u *url.URL, body []byte
 	if err.Retryable {
 		err.RetryAfter = retryAfter(res.Header, c.runner.now())
 	}
+	c.closes = err.RetryAfter > 0 && (res.StatusCode == http.StatusTooManyRequests || res.StatusCode == http.StatusServiceUnavailable)
 	return err
 }
 

@@ -136,6 +136,31 @@ func (w *window) giveUp(job string) {
 	}
 }
 
+// Limits implements [runner.Limiter]: rate_limit_per_minute of the service, and of the operator for its origin. A service
+// that cannot be called has none.
+func (r *Runner) Limits(_ context.Context, s *runner.Service) ([]runner.Limit, error) {
+	if s == nil || len(s.Operations) != 1 {
+		return nil, fault.New(fault.Validation, "limits are asked of one operation")
+	}
+	p, err := r.planFor(s, &s.Operations[0])
+	if err != nil {
+		return nil, nil //nolint:nilerr // every call of it fails, and says why
+	}
+	var limits []runner.Limit
+	if n := p.policy.ratePerMinute; n > 0 {
+		limits = append(limits, runner.Limit{
+			Key: "service/" + s.Name, Window: time.Minute, MaxAttempts: int64(n), Rule: "rate_limit_per_minute of " + s.Name + " in " + registryName,
+		})
+	}
+	if n := p.policy.ceilingPerMinute; n > 0 {
+		origin := p.base.target.origin()
+		limits = append(limits, runner.Limit{
+			Key: "origin/" + origin, Window: time.Minute, MaxAttempts: int64(n), Rule: "rate_limit_per_minute for " + origin + " in " + ceilingName,
+		})
+	}
+	return limits, nil
+}
+
 type windowKey struct {
 	// service, or for the operator's limit the origin: a service may be called by any name.
 	service, origin string

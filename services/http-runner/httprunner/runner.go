@@ -67,7 +67,10 @@ type Runner struct {
 	tokens   *cache[tokenKey, *tokenSource]
 }
 
-var _ runner.JobRunner = (*Runner)(nil)
+var (
+	_ runner.JobRunner = (*Runner)(nil)
+	_ runner.Limiter   = (*Runner)(nil)
+)
 
 // New makes a runner. The error says what is wrong with the ceiling, or which isolation is missing.
 func New(o Options) (*Runner, error) {
@@ -156,6 +159,8 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 		c.plan, digest = p, p.policy.digest
 		if done, err := r.admit(ctx, job, p); err != nil {
 			result.Err = err
+			// An open breaker of one replica keeps all of them from the target for as long.
+			c.closes = err.Code == fault.Unavailable
 		} else {
 			output, err := c.run(ctx)
 			done(c.outcome)
@@ -166,6 +171,7 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 			}
 		}
 	}
+	result.Unused, result.Closes = !c.sent, c.closes
 	result.Usage = c.usage()
 	result.Usage.DurationSeconds = new(time.Since(start).Seconds())
 	result.Security = c.checks.Context(digest, r.isolation...)

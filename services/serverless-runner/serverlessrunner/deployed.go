@@ -12,7 +12,9 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/lambda"
 	"github.com/aws/smithy-go"
 
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/runner"
 )
 
 // deployed is what a provider tells of a function. What it does not tell is zero.
@@ -123,29 +125,100 @@ func (r *Runner) checkDeployed(ctx context.Context, c *call) error {
 	return c.policy.authorizeDeployed(d, c.checks)
 }
 
-// reserve takes the most that the call can cost from what the policies allow. What is written in the
+// errLimitsChanged: the call may cost more than was reserved for it at limits that span replicas.
+var errLimitsChanged = errors.New("the function is larger than what its cost was reserved for")
+
+// mostCost is the most that the call can cost, 0 where no policy bounds that. What is written in the
 // registry does not make it less: only the provider is asked.
+func (r *Runner) mostCost(c *call) (float64, error) {
+	if !c.policy.capped() {
+		return 0, nil
+	}
+	p, priced := r.prices.find(c.config.Provider, c.config.Region, c.config.Architecture)
+	switch {
+	case c.config.Provider != providerAWS:
+		return 0, c.checks.Deny("cost_limits", c.job.Service.Name, c.config.Provider+" does not tell what an invocation is billed, so that max_cost_per_hour cannot be held; write max_invocations_per_hour in its place")
+	case !priced:
+		return 0, c.checks.Deny("cost_limits", c.job.Service.Name, "the price table has no price for "+c.config.Region+", so that max_cost_per_hour cannot be held; add the region to a table of your own (--price-table)")
+	}
+	memory, longest := c.deployed.memoryMB, c.deployed.timeout
+	if memory == 0 {
+		memory = largestLambda
+	}
+	if longest == 0 {
+		longest = longestLambda
+	}
+	most := p.cost(float64((longest + initPhase).Milliseconds()), float64(memory))
+	if c.config.InvocationType == invokeEvent {
+		most *= eventAttempts
+	}
+	return most, nil
+}
+
+// Limits implements [runner.Limiter]: cost_limits of the service, and of the operator for all services together. A
+// service that cannot be called has none.
+func (r *Runner) Limits(ctx context.Context, s *runner.Service) ([]runner.Limit, error) {
+	if s == nil || len(s.Operations) != 1 {
+		return nil, fault.New(fault.Validation, "limits are asked of one operation")
+	}
+	c := &call{
+		job: &runner.Job{Service: *s, Operation: s.Operations[0]}, sink: silent{}, checks: &runner.Checks{}, usage: &runnerv1.ResourceUsage{},
+	}
+	if err := r.prepare(c); err != nil {
+		return nil, nil //nolint:nilerr // every call of it fails, and says why
+	}
+	var limits []runner.Limit
+	add := func(key, rule string, l CostLimits) {
+		if l != (CostLimits{}) {
+			limits = append(limits, runner.Limit{Key: key, Window: budgetWindow, MaxAttempts: l.MaxInvocationsPerHour, MaxCost: l.MaxCostPerHour, Budget: true, Rule: rule})
+		}
+	}
+	add("service/"+s.Name, "cost_limits of "+s.Name+" in its security_policy", c.policy.Service.CostLimits)
+	if c.policy.Ceiling != nil {
+		add("all", "cost_limits of all services in the operator's policy (--policy of the runner)", c.policy.Ceiling.CostLimits)
+	}
+	if len(limits) == 0 || !c.policy.capped() {
+		return limits, nil
+	}
+	to, err := c.config.target()
+	if err != nil {
+		return nil, nil //nolint:nilerr // as above
+	}
+	c.target = to
+	if err := c.policy.authorize(c.config, c.target, c.checks); err == nil {
+		// Where the function's size is not known, the most of any function is reserved.
+		if err := r.checkDeployed(ctx, c); err != nil {
+			r.logger.Debug("limits: the provider does not tell what the function is", "service", s.Name, "error", err)
+		}
+	}
+	most, err := r.mostCost(c)
+	if err != nil {
+		return nil, nil //nolint:nilerr // as above
+	}
+	for i := range limits {
+		limits[i].Cost = most
+	}
+	return limits, nil
+}
+
+// silent takes what is said of a call that is not made.
+type silent struct{}
+
+func (silent) Log(string, string) {}
+
+func (silent) Usage(*runnerv1.ResourceUsage) {}
+
+func (silent) Secret(string) {}
+
+// reserve takes the most that the call can cost from what the policies allow, as this runner counts it. Where the
+// orchestrators count as well, no less than that has to be reserved there.
 func (r *Runner) reserve(c *call) (func(invoked bool, cost float64), error) {
-	most := 0.0
-	if c.policy.capped() {
-		p, priced := r.prices.find(c.config.Provider, c.config.Region, c.config.Architecture)
-		switch {
-		case c.config.Provider != providerAWS:
-			return nil, c.checks.Deny("cost_limits", c.job.Service.Name, c.config.Provider+" does not tell what an invocation is billed, so that max_cost_per_hour cannot be held; write max_invocations_per_hour in its place")
-		case !priced:
-			return nil, c.checks.Deny("cost_limits", c.job.Service.Name, "the price table has no price for "+c.config.Region+", so that max_cost_per_hour cannot be held; add the region to a table of your own (--price-table)")
-		}
-		memory, longest := c.deployed.memoryMB, c.deployed.timeout
-		if memory == 0 {
-			memory = largestLambda
-		}
-		if longest == 0 {
-			longest = longestLambda
-		}
-		most = p.cost(float64((longest + initPhase).Milliseconds()), float64(memory))
-		if c.config.InvocationType == invokeEvent {
-			most *= eventAttempts
-		}
+	most, err := r.mostCost(c)
+	if err != nil {
+		return nil, err
+	}
+	if have := c.job.ReservedCost; have != nil && most > *have*(1+1e-9) {
+		return nil, fault.Wrap(errLimitsChanged, fault.Unavailable, "%v: %.6f USD, and now it is %.6f", errLimitsChanged, *have, most)
 	}
 	done, err := r.budget.begin(c.job.Service.Name, c.policy, most)
 	if err != nil {

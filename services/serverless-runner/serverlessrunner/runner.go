@@ -66,7 +66,10 @@ type Runner struct {
 	isolation []string
 }
 
-var _ runner.JobRunner = (*Runner)(nil)
+var (
+	_ runner.JobRunner = (*Runner)(nil)
+	_ runner.Limiter   = (*Runner)(nil)
+)
 
 // New makes a runner. It reaches no provider before the first job.
 func New(o Options) (*Runner, error) {
@@ -234,6 +237,10 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 	if err != nil {
 		result.Output, result.Err = nil, err
 	}
+	if c.invoked && c.costUSD == 0 && result.Usage.CostUsd == nil {
+		c.invoked = false // the provider took nothing
+	}
+	result.Unused, result.LimitsChanged = !c.invoked, errors.Is(err, errLimitsChanged)
 	return result, nil
 }
 

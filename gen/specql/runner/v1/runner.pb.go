@@ -874,6 +874,209 @@ func (x *CheckedJob) GetUnknown() []string {
 	return nil
 }
 
+// LimitsRequest asks for the limits of one operation.
+type LimitsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The service.
+	Service *Service `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
+	// The operation.
+	Operation     *Operation `protobuf:"bytes,2,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LimitsRequest) Reset() {
+	*x = LimitsRequest{}
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LimitsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LimitsRequest) ProtoMessage() {}
+
+func (x *LimitsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LimitsRequest.ProtoReflect.Descriptor instead.
+func (*LimitsRequest) Descriptor() ([]byte, []int) {
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *LimitsRequest) GetService() *Service {
+	if x != nil {
+		return x.Service
+	}
+	return nil
+}
+
+func (x *LimitsRequest) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+// LimitsResponse holds the limits; none means that nothing is to be counted.
+type LimitsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The limits. An attempt takes a slot of each of them, or waits.
+	Limits        []*Limit `protobuf:"bytes,1,rep,name=limits,proto3" json:"limits,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LimitsResponse) Reset() {
+	*x = LimitsResponse{}
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LimitsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LimitsResponse) ProtoMessage() {}
+
+func (x *LimitsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LimitsResponse.ProtoReflect.Descriptor instead.
+func (*LimitsResponse) Descriptor() ([]byte, []int) {
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *LimitsResponse) GetLimits() []*Limit {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
+// Limit bounds the attempts with one key in any window of time, over all replicas and orchestrators. An
+// attempt counts from before it begins until the window after its end has passed.
+type Limit struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What is counted together, such as service/stripe_api; at most 500 bytes. Keys of different execution types
+	// are different.
+	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// The length of the window.
+	Window *durationpb.Duration `protobuf:"bytes,2,opt,name=window,proto3" json:"window,omitempty"`
+	// Attempts in any window; 0 is no bound.
+	MaxAttempts int64 `protobuf:"varint,3,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
+	// US dollars in any window; 0 is no bound.
+	MaxCostUsd float64 `protobuf:"fixed64,4,opt,name=max_cost_usd,json=maxCostUsd,proto3" json:"max_cost_usd,omitempty"`
+	// The most that one attempt can cost. It counts until usage.cost_usd of the attempt is known.
+	CostUsd float64 `protobuf:"fixed64,5,opt,name=cost_usd,json=costUsd,proto3" json:"cost_usd,omitempty"`
+	// It is a budget: an attempt for which there is no room fails with BUDGET_EXCEEDED. Otherwise it waits.
+	Budget bool `protobuf:"varint,6,opt,name=budget,proto3" json:"budget,omitempty"`
+	// The rule that says so and whose it is, for messages: security_policy.rate_limit_per_minute of stripe_api.
+	Rule          string `protobuf:"bytes,7,opt,name=rule,proto3" json:"rule,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Limit) Reset() {
+	*x = Limit{}
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Limit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Limit) ProtoMessage() {}
+
+func (x *Limit) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Limit.ProtoReflect.Descriptor instead.
+func (*Limit) Descriptor() ([]byte, []int) {
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Limit) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *Limit) GetWindow() *durationpb.Duration {
+	if x != nil {
+		return x.Window
+	}
+	return nil
+}
+
+func (x *Limit) GetMaxAttempts() int64 {
+	if x != nil {
+		return x.MaxAttempts
+	}
+	return 0
+}
+
+func (x *Limit) GetMaxCostUsd() float64 {
+	if x != nil {
+		return x.MaxCostUsd
+	}
+	return 0
+}
+
+func (x *Limit) GetCostUsd() float64 {
+	if x != nil {
+		return x.CostUsd
+	}
+	return 0
+}
+
+func (x *Limit) GetBudget() bool {
+	if x != nil {
+		return x.Budget
+	}
+	return false
+}
+
+func (x *Limit) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
 // ExecuteRequest starts a job, and then steers it.
 type ExecuteRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -891,7 +1094,7 @@ type ExecuteRequest struct {
 
 func (x *ExecuteRequest) Reset() {
 	*x = ExecuteRequest{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[13]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -903,7 +1106,7 @@ func (x *ExecuteRequest) String() string {
 func (*ExecuteRequest) ProtoMessage() {}
 
 func (x *ExecuteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[13]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -916,7 +1119,7 @@ func (x *ExecuteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecuteRequest.ProtoReflect.Descriptor instead.
 func (*ExecuteRequest) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{13}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ExecuteRequest) GetCommand() isExecuteRequest_Command {
@@ -1013,14 +1216,17 @@ type Job struct {
 	CorrelationId string `protobuf:"bytes,14,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
 	// Begin nothing: attach to the job if it runs here or ended here a short time ago, and
 	// otherwise refuse with NOT_FOUND. For a caller whose stream broke in the middle of the job.
-	AttachOnly    bool `protobuf:"varint,15,opt,name=attach_only,json=attachOnly,proto3" json:"attach_only,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	AttachOnly bool `protobuf:"varint,15,opt,name=attach_only,json=attachOnly,proto3" json:"attach_only,omitempty"`
+	// What the orchestrator has reserved for the attempt at limits of costs, in US dollars; absent where it knows of none.
+	// An attempt that can cost more is not begun: it ends with limits_changed.
+	ReservedCostUsd *float64 `protobuf:"fixed64,16,opt,name=reserved_cost_usd,json=reservedCostUsd,proto3,oneof" json:"reserved_cost_usd,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[14]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1032,7 +1238,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[14]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1045,7 +1251,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{14}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Job) GetId() string {
@@ -1153,6 +1359,13 @@ func (x *Job) GetAttachOnly() bool {
 	return false
 }
 
+func (x *Job) GetReservedCostUsd() float64 {
+	if x != nil && x.ReservedCostUsd != nil {
+		return *x.ReservedCostUsd
+	}
+	return 0
+}
+
 // Cancel ends a job.
 type Cancel struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1164,7 +1377,7 @@ type Cancel struct {
 
 func (x *Cancel) Reset() {
 	*x = Cancel{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1176,7 +1389,7 @@ func (x *Cancel) String() string {
 func (*Cancel) ProtoMessage() {}
 
 func (x *Cancel) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[15]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1189,7 +1402,7 @@ func (x *Cancel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cancel.ProtoReflect.Descriptor instead.
 func (*Cancel) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{15}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Cancel) GetReason() string {
@@ -1209,7 +1422,7 @@ type Renew struct {
 
 func (x *Renew) Reset() {
 	*x = Renew{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1221,7 +1434,7 @@ func (x *Renew) String() string {
 func (*Renew) ProtoMessage() {}
 
 func (x *Renew) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[16]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1234,7 +1447,7 @@ func (x *Renew) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Renew.ProtoReflect.Descriptor instead.
 func (*Renew) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{16}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{19}
 }
 
 // ExecuteResponse is one thing that happened to a job.
@@ -1256,7 +1469,7 @@ type ExecuteResponse struct {
 
 func (x *ExecuteResponse) Reset() {
 	*x = ExecuteResponse{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[17]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1268,7 +1481,7 @@ func (x *ExecuteResponse) String() string {
 func (*ExecuteResponse) ProtoMessage() {}
 
 func (x *ExecuteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[17]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1281,7 +1494,7 @@ func (x *ExecuteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecuteResponse.ProtoReflect.Descriptor instead.
 func (*ExecuteResponse) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{17}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExecuteResponse) GetEvent() isExecuteResponse_Event {
@@ -1388,7 +1601,7 @@ type Started struct {
 
 func (x *Started) Reset() {
 	*x = Started{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[18]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1400,7 +1613,7 @@ func (x *Started) String() string {
 func (*Started) ProtoMessage() {}
 
 func (x *Started) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[18]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1413,7 +1626,7 @@ func (x *Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Started.ProtoReflect.Descriptor instead.
 func (*Started) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{18}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Started) GetTime() *timestamppb.Timestamp {
@@ -1440,7 +1653,7 @@ type Renewed struct {
 
 func (x *Renewed) Reset() {
 	*x = Renewed{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[19]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1452,7 +1665,7 @@ func (x *Renewed) String() string {
 func (*Renewed) ProtoMessage() {}
 
 func (x *Renewed) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[19]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1465,7 +1678,7 @@ func (x *Renewed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Renewed.ProtoReflect.Descriptor instead.
 func (*Renewed) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{19}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{22}
 }
 
 // Log is a line that the job wrote, without its line end, secrets masked.
@@ -1485,7 +1698,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[20]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1497,7 +1710,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[20]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1510,7 +1723,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{20}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Log) GetLine() int64 {
@@ -1557,14 +1770,21 @@ type Finished struct {
 	// The runner has ended the job itself, because it shuts down or because the orchestrator let
 	// the lease lapse: it is to be run again, with the same idempotency key, and this counts as no
 	// attempt. An orchestrator that lost the run meanwhile does not run it again.
-	HandedBack    bool `protobuf:"varint,6,opt,name=handed_back,json=handedBack,proto3" json:"handed_back,omitempty"`
+	HandedBack bool `protobuf:"varint,6,opt,name=handed_back,json=handedBack,proto3" json:"handed_back,omitempty"`
+	// Nothing was called: the attempt gives back its slots of limits.
+	Unused bool `protobuf:"varint,7,opt,name=unused,proto3" json:"unused,omitempty"`
+	// The service is not to be called by any replica before retry_after has passed.
+	Closes bool `protobuf:"varint,8,opt,name=closes,proto3" json:"closes,omitempty"`
+	// The limits are not those that the orchestrator took slots of: nothing was called, and it is to ask again. This
+	// counts as no attempt.
+	LimitsChanged bool `protobuf:"varint,9,opt,name=limits_changed,json=limitsChanged,proto3" json:"limits_changed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Finished) Reset() {
 	*x = Finished{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[21]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1576,7 +1796,7 @@ func (x *Finished) String() string {
 func (*Finished) ProtoMessage() {}
 
 func (x *Finished) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[21]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1589,7 +1809,7 @@ func (x *Finished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finished.ProtoReflect.Descriptor instead.
 func (*Finished) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{21}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Finished) GetOutput() []byte {
@@ -1630,6 +1850,27 @@ func (x *Finished) GetSecurity() *SecurityContext {
 func (x *Finished) GetHandedBack() bool {
 	if x != nil {
 		return x.HandedBack
+	}
+	return false
+}
+
+func (x *Finished) GetUnused() bool {
+	if x != nil {
+		return x.Unused
+	}
+	return false
+}
+
+func (x *Finished) GetCloses() bool {
+	if x != nil {
+		return x.Closes
+	}
+	return false
+}
+
+func (x *Finished) GetLimitsChanged() bool {
+	if x != nil {
+		return x.LimitsChanged
 	}
 	return false
 }
@@ -1696,12 +1937,26 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"CheckedJob\x125\n" +
 	"\x06checks\x18\x01 \x03(\v2\x1d.specql.runner.v1.PolicyCheckR\x06checks\x12-\n" +
 	"\x05error\x18\x02 \x01(\v2\x17.specql.runner.v1.ErrorR\x05error\x12\x18\n" +
-	"\aunknown\x18\x03 \x03(\tR\aunknown\"\xaf\x01\n" +
+	"\aunknown\x18\x03 \x03(\tR\aunknown\"\x7f\n" +
+	"\rLimitsRequest\x123\n" +
+	"\aservice\x18\x01 \x01(\v2\x19.specql.runner.v1.ServiceR\aservice\x129\n" +
+	"\toperation\x18\x02 \x01(\v2\x1b.specql.runner.v1.OperationR\toperation\"A\n" +
+	"\x0eLimitsResponse\x12/\n" +
+	"\x06limits\x18\x01 \x03(\v2\x17.specql.runner.v1.LimitR\x06limits\"\xd8\x01\n" +
+	"\x05Limit\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x121\n" +
+	"\x06window\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06window\x12!\n" +
+	"\fmax_attempts\x18\x03 \x01(\x03R\vmaxAttempts\x12 \n" +
+	"\fmax_cost_usd\x18\x04 \x01(\x01R\n" +
+	"maxCostUsd\x12\x19\n" +
+	"\bcost_usd\x18\x05 \x01(\x01R\acostUsd\x12\x16\n" +
+	"\x06budget\x18\x06 \x01(\bR\x06budget\x12\x12\n" +
+	"\x04rule\x18\a \x01(\tR\x04rule\"\xaf\x01\n" +
 	"\x0eExecuteRequest\x12-\n" +
 	"\x05start\x18\x01 \x01(\v2\x15.specql.runner.v1.JobH\x00R\x05start\x122\n" +
 	"\x06cancel\x18\x02 \x01(\v2\x18.specql.runner.v1.CancelH\x00R\x06cancel\x12/\n" +
 	"\x05renew\x18\x03 \x01(\v2\x17.specql.runner.v1.RenewH\x00R\x05renewB\t\n" +
-	"\acommand\"\x8d\x04\n" +
+	"\acommand\"\xd4\x04\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x15\n" +
 	"\x06run_id\x18\x02 \x01(\tR\x05runId\x12\x1b\n" +
@@ -1719,7 +1974,9 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\ttenant_id\x18\r \x01(\tR\btenantId\x12%\n" +
 	"\x0ecorrelation_id\x18\x0e \x01(\tR\rcorrelationId\x12\x1f\n" +
 	"\vattach_only\x18\x0f \x01(\bR\n" +
-	"attachOnly\" \n" +
+	"attachOnly\x12/\n" +
+	"\x11reserved_cost_usd\x18\x10 \x01(\x01H\x00R\x0freservedCostUsd\x88\x01\x01B\x14\n" +
+	"\x12_reserved_cost_usd\" \n" +
 	"\x06Cancel\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\"\a\n" +
 	"\x05Renew\"\xa6\x02\n" +
@@ -1738,7 +1995,7 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x04line\x18\x01 \x01(\x03R\x04line\x12\x16\n" +
 	"\x06stream\x18\x02 \x01(\tR\x06stream\x12\x12\n" +
 	"\x04text\x18\x03 \x01(\tR\x04text\x12.\n" +
-	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"\xa4\x02\n" +
+	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"\xfb\x02\n" +
 	"\bFinished\x12\x16\n" +
 	"\x06output\x18\x01 \x01(\fR\x06output\x12-\n" +
 	"\x05error\x18\x02 \x01(\v2\x17.specql.runner.v1.ErrorR\x05error\x12:\n" +
@@ -1747,12 +2004,16 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x05usage\x18\x04 \x01(\v2\x1f.specql.runner.v1.ResourceUsageR\x05usage\x12=\n" +
 	"\bsecurity\x18\x05 \x01(\v2!.specql.runner.v1.SecurityContextR\bsecurity\x12\x1f\n" +
 	"\vhanded_back\x18\x06 \x01(\bR\n" +
-	"handedBack2\xd3\x02\n" +
+	"handedBack\x12\x16\n" +
+	"\x06unused\x18\a \x01(\bR\x06unused\x12\x16\n" +
+	"\x06closes\x18\b \x01(\bR\x06closes\x12%\n" +
+	"\x0elimits_changed\x18\t \x01(\bR\rlimitsChanged2\xa0\x03\n" +
 	"\rRunnerService\x12Q\n" +
 	"\bDescribe\x12!.specql.runner.v1.DescribeRequest\x1a\".specql.runner.v1.DescribeResponse\x12Q\n" +
 	"\bValidate\x12!.specql.runner.v1.ValidateRequest\x1a\".specql.runner.v1.ValidateResponse\x12R\n" +
 	"\aExecute\x12 .specql.runner.v1.ExecuteRequest\x1a!.specql.runner.v1.ExecuteResponse(\x010\x01\x12H\n" +
-	"\x05Check\x12\x1e.specql.runner.v1.CheckRequest\x1a\x1f.specql.runner.v1.CheckResponseB6Z4github.com/specql/mesh/gen/specql/runner/v1;runnerv1b\x06proto3"
+	"\x05Check\x12\x1e.specql.runner.v1.CheckRequest\x1a\x1f.specql.runner.v1.CheckResponse\x12K\n" +
+	"\x06Limits\x12\x1f.specql.runner.v1.LimitsRequest\x1a .specql.runner.v1.LimitsResponseB6Z4github.com/specql/mesh/gen/specql/runner/v1;runnerv1b\x06proto3"
 
 var (
 	file_specql_runner_v1_runner_proto_rawDescOnce sync.Once
@@ -1766,7 +2027,7 @@ func file_specql_runner_v1_runner_proto_rawDescGZIP() []byte {
 	return file_specql_runner_v1_runner_proto_rawDescData
 }
 
-var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*DescribeRequest)(nil),       // 0: specql.runner.v1.DescribeRequest
 	(*DescribeResponse)(nil),      // 1: specql.runner.v1.DescribeResponse
@@ -1781,68 +2042,77 @@ var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*RecordedJob)(nil),           // 10: specql.runner.v1.RecordedJob
 	(*CheckResponse)(nil),         // 11: specql.runner.v1.CheckResponse
 	(*CheckedJob)(nil),            // 12: specql.runner.v1.CheckedJob
-	(*ExecuteRequest)(nil),        // 13: specql.runner.v1.ExecuteRequest
-	(*Job)(nil),                   // 14: specql.runner.v1.Job
-	(*Cancel)(nil),                // 15: specql.runner.v1.Cancel
-	(*Renew)(nil),                 // 16: specql.runner.v1.Renew
-	(*ExecuteResponse)(nil),       // 17: specql.runner.v1.ExecuteResponse
-	(*Started)(nil),               // 18: specql.runner.v1.Started
-	(*Renewed)(nil),               // 19: specql.runner.v1.Renewed
-	(*Log)(nil),                   // 20: specql.runner.v1.Log
-	(*Finished)(nil),              // 21: specql.runner.v1.Finished
-	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
-	(*PolicyCheck)(nil),           // 23: specql.runner.v1.PolicyCheck
-	(*ResourceUsage)(nil),         // 24: specql.runner.v1.ResourceUsage
-	(*Error)(nil),                 // 25: specql.runner.v1.Error
-	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
-	(*SecurityContext)(nil),       // 27: specql.runner.v1.SecurityContext
+	(*LimitsRequest)(nil),         // 13: specql.runner.v1.LimitsRequest
+	(*LimitsResponse)(nil),        // 14: specql.runner.v1.LimitsResponse
+	(*Limit)(nil),                 // 15: specql.runner.v1.Limit
+	(*ExecuteRequest)(nil),        // 16: specql.runner.v1.ExecuteRequest
+	(*Job)(nil),                   // 17: specql.runner.v1.Job
+	(*Cancel)(nil),                // 18: specql.runner.v1.Cancel
+	(*Renew)(nil),                 // 19: specql.runner.v1.Renew
+	(*ExecuteResponse)(nil),       // 20: specql.runner.v1.ExecuteResponse
+	(*Started)(nil),               // 21: specql.runner.v1.Started
+	(*Renewed)(nil),               // 22: specql.runner.v1.Renewed
+	(*Log)(nil),                   // 23: specql.runner.v1.Log
+	(*Finished)(nil),              // 24: specql.runner.v1.Finished
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*PolicyCheck)(nil),           // 26: specql.runner.v1.PolicyCheck
+	(*ResourceUsage)(nil),         // 27: specql.runner.v1.ResourceUsage
+	(*Error)(nil),                 // 28: specql.runner.v1.Error
+	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(*SecurityContext)(nil),       // 30: specql.runner.v1.SecurityContext
 }
 var file_specql_runner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: specql.runner.v1.DescribeResponse.types:type_name -> specql.runner.v1.ExecutionType
 	3,  // 1: specql.runner.v1.DescribeResponse.isolation:type_name -> specql.runner.v1.IsolationFeature
-	22, // 2: specql.runner.v1.DescribeResponse.now:type_name -> google.protobuf.Timestamp
+	25, // 2: specql.runner.v1.DescribeResponse.now:type_name -> google.protobuf.Timestamp
 	4,  // 3: specql.runner.v1.ValidateRequest.service:type_name -> specql.runner.v1.Service
 	5,  // 4: specql.runner.v1.ValidateRequest.operations:type_name -> specql.runner.v1.Operation
 	8,  // 5: specql.runner.v1.ValidateResponse.problems:type_name -> specql.runner.v1.Problem
 	4,  // 6: specql.runner.v1.CheckRequest.service:type_name -> specql.runner.v1.Service
 	10, // 7: specql.runner.v1.CheckRequest.jobs:type_name -> specql.runner.v1.RecordedJob
 	5,  // 8: specql.runner.v1.RecordedJob.operation:type_name -> specql.runner.v1.Operation
-	23, // 9: specql.runner.v1.RecordedJob.checks:type_name -> specql.runner.v1.PolicyCheck
-	24, // 10: specql.runner.v1.RecordedJob.usage:type_name -> specql.runner.v1.ResourceUsage
+	26, // 9: specql.runner.v1.RecordedJob.checks:type_name -> specql.runner.v1.PolicyCheck
+	27, // 10: specql.runner.v1.RecordedJob.usage:type_name -> specql.runner.v1.ResourceUsage
 	12, // 11: specql.runner.v1.CheckResponse.jobs:type_name -> specql.runner.v1.CheckedJob
-	23, // 12: specql.runner.v1.CheckedJob.checks:type_name -> specql.runner.v1.PolicyCheck
-	25, // 13: specql.runner.v1.CheckedJob.error:type_name -> specql.runner.v1.Error
-	14, // 14: specql.runner.v1.ExecuteRequest.start:type_name -> specql.runner.v1.Job
-	15, // 15: specql.runner.v1.ExecuteRequest.cancel:type_name -> specql.runner.v1.Cancel
-	16, // 16: specql.runner.v1.ExecuteRequest.renew:type_name -> specql.runner.v1.Renew
-	4,  // 17: specql.runner.v1.Job.service:type_name -> specql.runner.v1.Service
-	5,  // 18: specql.runner.v1.Job.operation:type_name -> specql.runner.v1.Operation
-	26, // 19: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
-	26, // 20: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
-	18, // 21: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
-	20, // 22: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
-	24, // 23: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
-	21, // 24: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
-	19, // 25: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
-	22, // 26: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
-	22, // 27: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
-	25, // 28: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
-	26, // 29: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
-	24, // 30: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
-	27, // 31: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
-	0,  // 32: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
-	6,  // 33: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
-	13, // 34: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
-	9,  // 35: specql.runner.v1.RunnerService.Check:input_type -> specql.runner.v1.CheckRequest
-	1,  // 36: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
-	7,  // 37: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
-	17, // 38: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
-	11, // 39: specql.runner.v1.RunnerService.Check:output_type -> specql.runner.v1.CheckResponse
-	36, // [36:40] is the sub-list for method output_type
-	32, // [32:36] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	26, // 12: specql.runner.v1.CheckedJob.checks:type_name -> specql.runner.v1.PolicyCheck
+	28, // 13: specql.runner.v1.CheckedJob.error:type_name -> specql.runner.v1.Error
+	4,  // 14: specql.runner.v1.LimitsRequest.service:type_name -> specql.runner.v1.Service
+	5,  // 15: specql.runner.v1.LimitsRequest.operation:type_name -> specql.runner.v1.Operation
+	15, // 16: specql.runner.v1.LimitsResponse.limits:type_name -> specql.runner.v1.Limit
+	29, // 17: specql.runner.v1.Limit.window:type_name -> google.protobuf.Duration
+	17, // 18: specql.runner.v1.ExecuteRequest.start:type_name -> specql.runner.v1.Job
+	18, // 19: specql.runner.v1.ExecuteRequest.cancel:type_name -> specql.runner.v1.Cancel
+	19, // 20: specql.runner.v1.ExecuteRequest.renew:type_name -> specql.runner.v1.Renew
+	4,  // 21: specql.runner.v1.Job.service:type_name -> specql.runner.v1.Service
+	5,  // 22: specql.runner.v1.Job.operation:type_name -> specql.runner.v1.Operation
+	29, // 23: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
+	29, // 24: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
+	21, // 25: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
+	23, // 26: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
+	27, // 27: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
+	24, // 28: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
+	22, // 29: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
+	25, // 30: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
+	25, // 31: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
+	28, // 32: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
+	29, // 33: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
+	27, // 34: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
+	30, // 35: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
+	0,  // 36: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
+	6,  // 37: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
+	16, // 38: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
+	9,  // 39: specql.runner.v1.RunnerService.Check:input_type -> specql.runner.v1.CheckRequest
+	13, // 40: specql.runner.v1.RunnerService.Limits:input_type -> specql.runner.v1.LimitsRequest
+	1,  // 41: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
+	7,  // 42: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
+	20, // 43: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
+	11, // 44: specql.runner.v1.RunnerService.Check:output_type -> specql.runner.v1.CheckResponse
+	14, // 45: specql.runner.v1.RunnerService.Limits:output_type -> specql.runner.v1.LimitsResponse
+	41, // [41:46] is the sub-list for method output_type
+	36, // [36:41] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_specql_runner_v1_runner_proto_init() }
@@ -1851,12 +2121,13 @@ func file_specql_runner_v1_runner_proto_init() {
 		return
 	}
 	file_specql_runner_v1_usage_proto_init()
-	file_specql_runner_v1_runner_proto_msgTypes[13].OneofWrappers = []any{
+	file_specql_runner_v1_runner_proto_msgTypes[16].OneofWrappers = []any{
 		(*ExecuteRequest_Start)(nil),
 		(*ExecuteRequest_Cancel)(nil),
 		(*ExecuteRequest_Renew)(nil),
 	}
-	file_specql_runner_v1_runner_proto_msgTypes[17].OneofWrappers = []any{
+	file_specql_runner_v1_runner_proto_msgTypes[17].OneofWrappers = []any{}
+	file_specql_runner_v1_runner_proto_msgTypes[20].OneofWrappers = []any{
 		(*ExecuteResponse_Started)(nil),
 		(*ExecuteResponse_Log)(nil),
 		(*ExecuteResponse_Usage)(nil),
@@ -1869,7 +2140,7 @@ func file_specql_runner_v1_runner_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_specql_runner_v1_runner_proto_rawDesc), len(file_specql_runner_v1_runner_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,7 @@ const (
 	RunnerService_Validate_FullMethodName = "/specql.runner.v1.RunnerService/Validate"
 	RunnerService_Execute_FullMethodName  = "/specql.runner.v1.RunnerService/Execute"
 	RunnerService_Check_FullMethodName    = "/specql.runner.v1.RunnerService/Check"
+	RunnerService_Limits_FullMethodName   = "/specql.runner.v1.RunnerService/Limits"
 )
 
 // RunnerServiceClient is the client API for RunnerService service.
@@ -50,6 +51,10 @@ type RunnerServiceClient interface {
 	// Check tells what a policy would say of jobs of the past, from what is recorded of them. It
 	// runs nothing. A runner that cannot tell answers UNIMPLEMENTED.
 	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error)
+	// Limits tells what bounds the attempts of an operation over all replicas of the runner. The
+	// orchestrator counts them for it, by the keys alone. A runner that has no limits that span
+	// replicas answers UNIMPLEMENTED.
+	Limits(ctx context.Context, in *LimitsRequest, opts ...grpc.CallOption) (*LimitsResponse, error)
 }
 
 type runnerServiceClient struct {
@@ -103,6 +108,16 @@ func (c *runnerServiceClient) Check(ctx context.Context, in *CheckRequest, opts 
 	return out, nil
 }
 
+func (c *runnerServiceClient) Limits(ctx context.Context, in *LimitsRequest, opts ...grpc.CallOption) (*LimitsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LimitsResponse)
+	err := c.cc.Invoke(ctx, RunnerService_Limits_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // RunnerServiceServer is the server API for RunnerService service.
 // All implementations must embed UnimplementedRunnerServiceServer
 // for forward compatibility.
@@ -128,6 +143,10 @@ type RunnerServiceServer interface {
 	// Check tells what a policy would say of jobs of the past, from what is recorded of them. It
 	// runs nothing. A runner that cannot tell answers UNIMPLEMENTED.
 	Check(context.Context, *CheckRequest) (*CheckResponse, error)
+	// Limits tells what bounds the attempts of an operation over all replicas of the runner. The
+	// orchestrator counts them for it, by the keys alone. A runner that has no limits that span
+	// replicas answers UNIMPLEMENTED.
+	Limits(context.Context, *LimitsRequest) (*LimitsResponse, error)
 	mustEmbedUnimplementedRunnerServiceServer()
 }
 
@@ -149,6 +168,9 @@ func (UnimplementedRunnerServiceServer) Execute(grpc.BidiStreamingServer[Execute
 }
 func (UnimplementedRunnerServiceServer) Check(context.Context, *CheckRequest) (*CheckResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
+}
+func (UnimplementedRunnerServiceServer) Limits(context.Context, *LimitsRequest) (*LimitsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Limits not implemented")
 }
 func (UnimplementedRunnerServiceServer) mustEmbedUnimplementedRunnerServiceServer() {}
 func (UnimplementedRunnerServiceServer) testEmbeddedByValue()                       {}
@@ -232,6 +254,24 @@ func _RunnerService_Check_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _RunnerService_Limits_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LimitsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RunnerServiceServer).Limits(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RunnerService_Limits_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RunnerServiceServer).Limits(ctx, req.(*LimitsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // RunnerService_ServiceDesc is the grpc.ServiceDesc for RunnerService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -250,6 +290,10 @@ var RunnerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Check",
 			Handler:    _RunnerService_Check_Handler,
+		},
+		{
+			MethodName: "Limits",
+			Handler:    _RunnerService_Limits_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

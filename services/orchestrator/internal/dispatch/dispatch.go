@@ -85,6 +85,8 @@ type target struct {
 	conn          *grpc.ClientConn
 	client        runnerv1.RunnerServiceClient
 
+	limits limitCache
+
 	mu         sync.Mutex
 	maxRetries *int      // default of a custom type, once it is known
 	askAgain   time.Time // not before then, after it did not answer
@@ -211,7 +213,7 @@ func (d *Dispatcher) DefaultMaxRetries(executionType string) int {
 func (d *Dispatcher) Execute(ctx context.Context, c *engine.Call, sink engine.LogSink) *engine.Outcome {
 	t := d.runners[c.Job.ExecutionType]
 	if t == nil {
-		return &engine.Outcome{Err: d.noRunner(c.Job.ExecutionType)}
+		return &engine.Outcome{Err: d.noRunner(c.Job.ExecutionType), Unused: true}
 	}
 	a := &attempt{d: d, t: t, call: c, sink: sink}
 	began := time.Now()
@@ -233,6 +235,10 @@ func (a *attempt) carry(ctx context.Context, began time.Time) *engine.Outcome {
 		waited := time.Since(began)
 		switch {
 		case next == ended || (next == unreached && waited > min(startWait, a.call.Job.Timeout)) || waited > fullWait && next != handedBack:
+			return out
+		case a.call.Reserved != nil && (next == handedBack || out.Unknown):
+			// The call may have arrived: what is sent now counts anew at the limits.
+			out.Again = true
 			return out
 		case next == handedBack:
 			if handBacks++; handBacks > mostHandBacks {
@@ -505,7 +511,10 @@ func (k *keeper) end() {
 }
 
 func finished(f *runnerv1.Finished) *engine.Outcome {
-	out := &engine.Outcome{Output: f.GetOutput(), Err: fault.FromProto(f.GetError()), Usage: f.GetUsage(), Security: f.GetSecurity()}
+	out := &engine.Outcome{
+		Output: f.GetOutput(), Err: fault.FromProto(f.GetError()), Usage: f.GetUsage(), Security: f.GetSecurity(),
+		Unused: f.GetUnused(), Closes: f.GetCloses(), Again: f.GetLimitsChanged(), LimitsChanged: f.GetLimitsChanged(),
+	}
 	if out.Err != nil {
 		out.Output = nil
 		out.Err.RetryAfter = f.GetRetryAfter().AsDuration()
@@ -599,6 +608,7 @@ func job(c *engine.Call, lease time.Duration) *runnerv1.Job {
 		},
 		Operation: &runnerv1.Operation{Name: c.Job.Operation, Config: c.Node.OperationConfig},
 		Input:     c.Job.Input, Timeout: durationpb.New(c.Job.Timeout), Lease: durationpb.New(lease),
-		Subject: c.Subject, TenantId: c.Job.TenantID, CorrelationId: c.Job.CorrelationID,
+		ReservedCostUsd: c.Reserved,
+		Subject:         c.Subject, TenantId: c.Job.TenantID, CorrelationId: c.Job.CorrelationID,
 	}
 }

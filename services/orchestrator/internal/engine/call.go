@@ -27,6 +27,13 @@ type Outcome struct {
 	Security *runnerv1.SecurityContext
 	// Unknown says that nobody can tell whether the call took effect.
 	Unknown bool
+	// Unused says that nothing was called, so that slots of limits are given back.
+	Unused bool
+	// Closes says that nobody is to call the service before RetryAfter of Err has passed.
+	Closes bool
+	// Again says that this counts as no attempt, and that the call is to be made once more with slots of its own;
+	// LimitsChanged that the runner has to be asked for its limits before.
+	Again, LimitsChanged bool
 	// Queued is how long it was until a runner began the attempt; 0 where none did.
 	Queued time.Duration
 }
@@ -235,10 +242,14 @@ func (r *run) resumeJob(ctx context.Context, n *plan.Call, job *store.Job) (*sto
 		if err := r.doze(ctx, job.NextAttemptAt.Sub(now)); err != nil {
 			return r.ended(ctx, job, err, nil)
 		}
-	} else {
+	} else if job.NextAttemptAt.IsZero() || !r.limited(ctx, n) {
 		job.Attempts++
 	}
 	job.NextAttemptAt, job.Err = time.Time{}, nil
+	// What this job was at before may go on for a moment yet, without this orchestrator.
+	r.note(func(rec *store.Record) {
+		rec.Ends = append(rec.Ends, store.SlotEnd{JobID: job.ID, Margin: takeoverMargin})
+	})
 	r.noteJob(job, false)
 	return r.attempts(ctx, n, job)
 }
@@ -252,14 +263,25 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 			r.e.jobEnded(ctx, job, usage.GetCostUsd())
 		}
 	}()
-	for {
-		if err := r.flush(ctx); err != nil {
+	changed := false
+	for again := 0; ; {
+		slot, refused, err := r.admission(ctx, n, job, changed)
+		if err != nil {
 			return r.ended(ctx, job, err, nil)
 		}
+		if refused != nil && !refused.Retryable {
+			job.Status, job.Err, job.CompletedAt, job.NextAttemptAt = store.Failed, refused, r.e.Clock.Now(), time.Time{}
+			job.Attempts--
+			refused.Attempts = job.Attempts
+			r.noteJob(job, false)
+			return job, nil
+		}
 		if r.e.drain.Err() != nil {
+			r.giveBack(ctx, job, slot)
 			return nil, ErrHandBack
 		}
 		if r.e.disabled(job.ExecutionType) {
+			slot.end(r, &Outcome{Unused: true})
 			job.Status, job.CompletedAt = store.Failed, r.e.Clock.Now()
 			job.Err = fault.New(fault.Disabled, "execution type %s is disabled; `specql execution-types --enable %[1]s` enables it", job.ExecutionType)
 			r.noteJob(job, false)
@@ -267,11 +289,23 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 		}
 		began := r.e.Clock.Now()
 		snapshot := *job
-		r.e.Observer.AttemptBegan(job.ExecutionType)
-		out := r.e.Dispatcher.Execute(ctx, &Call{Job: &snapshot, Node: n, Epoch: r.epoch(), Subject: job.TriggeredBy},
-			func(line int64, stream, text string, at time.Time) { r.log(&snapshot, line, stream, text, at) })
+		out := &Outcome{Err: refused, Unused: true}
+		if refused == nil {
+			r.e.Observer.AttemptBegan(job.ExecutionType)
+			out = r.e.Dispatcher.Execute(ctx, &Call{Job: &snapshot, Node: n, Epoch: r.epoch(), Subject: job.TriggeredBy, Reserved: slot.reserved()},
+				func(line int64, stream, text string, at time.Time) { r.log(&snapshot, line, stream, text, at) })
+		}
+		slot.end(r, out)
+		if changed = out.LimitsChanged; out.Again && context.Cause(ctx) == nil {
+			if again++; again < mostAgain {
+				continue
+			}
+		}
+		again = 0
 		took := r.e.Clock.Now().Sub(began)
-		r.e.Observer.AttemptEnded(ctx, job.ExecutionType, out.Queued, took)
+		if refused == nil {
+			r.e.Observer.AttemptEnded(ctx, job.ExecutionType, out.Queued, took)
+		}
 		usage = addUsage(usage, out.Usage, took, job.Attempts)
 		job.ResourceUsage = protoJSON(usage)
 		if out.Security != nil {
@@ -308,6 +342,9 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 			return r.ended(ctx, job, err, out.Err)
 		}
 		job.NextAttemptAt, job.Err = time.Time{}, nil
+		if slot != nil {
+			r.noteJob(job, false) // the record that takes the slot says that the attempt begins
+		}
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/services/orchestrator/internal/plan"
+	"github.com/specql/mesh/services/orchestrator/internal/quota"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
@@ -98,6 +99,19 @@ type Dispatcher interface {
 	Execute(ctx context.Context, c *Call, sink LogSink) *Outcome
 	// DefaultMaxRetries of an execution type.
 	DefaultMaxRetries(executionType string) int
+	// Limits of a call over all orchestrators, as its runner tells them; none for most. It is quick where the runner
+	// was asked before. changed says that what it answered last is known to be wrong.
+	Limits(ctx context.Context, n *plan.Call, changed bool) ([]Limit, error)
+}
+
+// Limit is one that attempts take a slot of before they begin.
+type Limit struct {
+	store.Limit
+
+	// Budget makes attempts for which there is no room fail with BUDGET_EXCEEDED; others wait.
+	Budget bool
+	// Rule names it in messages.
+	Rule string
 }
 
 // Call is one attempt of one job.
@@ -106,6 +120,8 @@ type Call struct {
 	Node    *plan.Call
 	Epoch   int64
 	Subject string
+	// Reserved is the most that the attempt may cost, in US dollars; nil where it took no slot of a limit.
+	Reserved *float64
 }
 
 // LogSink takes lines of a job.
@@ -170,6 +186,7 @@ type Engine struct {
 	Options
 	hub     *hub
 	slots   *slots
+	lines   quota.Lines
 	members *membership
 	joined  context.Context // of the loops; ends in Close
 	part    context.CancelFunc

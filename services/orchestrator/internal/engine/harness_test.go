@@ -96,6 +96,8 @@ type world struct {
 	// behave overrides what an operation does.
 	behave map[string]func(ctx context.Context, c *engine.Call, input map[string]any) *engine.Outcome
 	arrive chan string
+	// limits are those of operations; none for others.
+	limits map[string]func() ([]engine.Limit, error)
 	// lostPlans says that a plan that is not known is known to be nowhere.
 	lostPlans bool
 }
@@ -134,6 +136,7 @@ func newWorldOn(t *testing.T, st store.Store) *world {
 	return &world{
 		t: t, store: st, registry: reg, entity: entity, plans: map[string]*plan.Plan{},
 		behave: map[string]func(context.Context, *engine.Call, map[string]any) *engine.Outcome{}, arrive: make(chan string, 10_000),
+		limits: map[string]func() ([]engine.Limit, error){},
 	}
 }
 
@@ -153,6 +156,16 @@ func (w *world) Plan(_ context.Context, r *store.Run) (*plan.Plan, error) {
 
 // DefaultMaxRetries implements engine.Dispatcher.
 func (*world) DefaultMaxRetries(string) int { return 0 }
+
+// Limits implements engine.Dispatcher.
+func (w *world) Limits(_ context.Context, n *plan.Call, _ bool) ([]engine.Limit, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if f := w.limits[n.Operation.Name]; f != nil {
+		return f()
+	}
+	return nil, nil
+}
 
 // Execute implements engine.Dispatcher.
 func (w *world) Execute(ctx context.Context, c *engine.Call, sink engine.LogSink) *engine.Outcome {

@@ -735,6 +735,9 @@ func (r *run) endLeftovers() {
 	r.mu.Unlock()
 	for _, j := range jobs {
 		r.noteJob(j, isNew[j])
+		r.note(func(rec *store.Record) {
+			rec.Ends = append(rec.Ends, store.SlotEnd{JobID: j.ID, Margin: takeoverMargin})
+		})
 	}
 }
 
