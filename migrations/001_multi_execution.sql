@@ -1148,6 +1148,28 @@ LEFT JOIN LATERAL jsonb_array_elements(CASE jsonb_typeof(j.security_context -> '
 WHERE j.error_code = 'POLICY_VIOLATION'
 ORDER BY occurred_at DESC, j.id;
 
+-- One row a check that denied, of every job that a policy ended or waits for: violations and used up budgets, which have
+-- a row without recorded checks too, and limits and rates of a policy. rule_source is the rule's place in the registry, allowed_by
+-- the changes of policies that together would allow it.
+CREATE OR REPLACE VIEW jobs.v_denials AS
+SELECT j.id AS job_id, j.run_id, j.step_path, j.service_name, j.operation, j.execution_type, j.status, j.error_code,
+       c.value ->> 'rule' AS rule,
+       c.value ->> 'rule_source' AS rule_source,
+       c.value ->> 'subject' AS attempted,
+       coalesce(c.value ->> 'detail', j.error_message) AS detail,
+       c.value -> 'allowed_by' AS allowed_by,
+       j.security_context ->> 'policy_digest' AS policy_digest,
+       j.security_context ->> 'runner' AS runner,
+       coalesce(j.security_context ->> 'subject', j.triggered_by::text, r.triggered_by) AS subject,
+       coalesce(j.tenant_id::text, r.tenant_id) AS tenant_id,
+       coalesce(j.completed_at, j.updated_at) AS occurred_at
+FROM jobs.tb_job_run j
+LEFT JOIN jobs.tb_workflow_run r ON r.id = j.run_id
+LEFT JOIN LATERAL jsonb_array_elements(CASE jsonb_typeof(j.security_context -> 'checks') WHEN 'array' THEN j.security_context -> 'checks' END) AS c (value)
+    ON c.value -> 'allowed' IS DISTINCT FROM 'true'
+WHERE j.error_code IN ('POLICY_VIOLATION', 'BUDGET_EXCEEDED') OR j.error_code IN ('RATE_LIMITED', 'RESOURCE_EXCEEDED') AND c.value IS NOT NULL
+ORDER BY occurred_at DESC, j.id;
+
 -- ---------------------------------------------------------------- what was there before
 
 -- Failures of old get the code that later ones have, pending rows are queued, and everything is counted: once, and
@@ -1249,5 +1271,6 @@ $$;
 INSERT INTO jobs.tb_schema_version (version, name) VALUES
     (1, '001_multi_execution'),
     (2, '002_limits'),
-    (3, '003_alerts')
+    (3, '003_alerts'),
+    (4, '004_denials')
 ON CONFLICT DO NOTHING;

@@ -99,7 +99,8 @@ func TestInsightCommands(t *testing.T) {
 			Violations []struct {
 				Operation, Rule, Attempted, Detail, LastRunID string
 				Count                                         int
-				Change                                        struct {
+				RuleSource                                    string
+				Changes                                       []struct {
 					Path string
 					Add  []string
 				}
@@ -108,9 +109,10 @@ func TestInsightCommands(t *testing.T) {
 		}](t, r.out)
 		require.Len(t, audit.Violations, 1)
 		v := audit.Violations[0]
-		require.Equal(t, []any{"list", "allowed_commands", 6, "allowed_commands"}, []any{v.Operation, v.Rule, v.Count, v.Change.Path})
+		require.Equal(t, []any{"list", "allowed_commands", 6, "allowed_commands"}, []any{v.Operation, v.Rule, v.Count, v.Changes[0].Path})
 		require.NotEmpty(t, v.LastRunID)
-		require.Equal(t, []string{v.Attempted}, v.Change.Add)
+		require.Equal(t, []string{v.Attempted}, v.Changes[0].Add)
+		require.Regexp(t, `service_registry\.yaml:23:\d+$`, v.RuleSource, "the line of the list")
 		require.Contains(t, audit.YAML, `allowed_commands: ["/bin/cat", "`+v.Attempted+`"]`)
 		r = at("security-audit", "--service", "denied")
 		require.Regexp(t, `(?m)^list +allowed_commands +/\S*bin/ls +6 +`, r.out)

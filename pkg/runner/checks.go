@@ -1,10 +1,13 @@
 package runner
 
 import (
+	"fmt"
 	"os"
 	"slices"
 	"strings"
 	"sync"
+
+	"google.golang.org/protobuf/types/known/structpb"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
@@ -27,10 +30,52 @@ func (c *Checks) Allow(rule, subject string) {
 }
 
 // Deny notes that the rule forbids the subject and returns the POLICY_VIOLATION. detail
-// says why, and the smallest change that would allow it.
-func (c *Checks) Deny(rule, subject, detail string) *fault.Error {
-	c.add(&runnerv1.PolicyCheck{Rule: rule, Subject: subject, Detail: detail})
+// says why, and the smallest change that would allow it; allowedBy are the same changes for
+// programs, all of which it takes: none where no policy could allow it.
+func (c *Checks) Deny(rule, subject, detail string, allowedBy ...*runnerv1.PolicyChange) *fault.Error {
+	c.add(&runnerv1.PolicyCheck{Rule: rule, Subject: subject, Detail: detail, AllowedBy: allowedBy})
 	return fault.New(fault.PolicyViolation, "%s forbids %s: %s", rule, subject, detail)
+}
+
+// DenyOnce is Deny for a limit that is found passed more than once: what was noted first stays.
+func (c *Checks) DenyOnce(rule, subject, detail string, allowedBy ...*runnerv1.PolicyChange) {
+	c.mu.Lock()
+	noted := slices.ContainsFunc(c.list, func(check *runnerv1.PolicyCheck) bool { return check.GetRule() == rule && !check.GetAllowed() })
+	c.mu.Unlock()
+	if !noted {
+		_ = c.Deny(rule, subject, detail, allowedBy...)
+	}
+}
+
+// maxChanges bounds the entries of a change.
+const maxChanges = 100
+
+// AddTo is the change that adds entries, texts or numbers, to the list at a key of a policy, such as
+// allowed_commands. ceiling says that it is the operator's policy.
+func AddTo(ceiling bool, key string, entries ...any) *runnerv1.PolicyChange {
+	change := &runnerv1.PolicyChange{Key: key, Ceiling: ceiling}
+	for _, e := range entries[:min(len(entries), maxChanges)] {
+		change.Add = append(change.Add, value(e))
+	}
+	return change
+}
+
+// SetTo is the change that gives a key of a policy a value: a text, a number or a boolean.
+func SetTo(ceiling bool, key string, to any) *runnerv1.PolicyChange {
+	return &runnerv1.PolicyChange{Key: key, Ceiling: ceiling, Set: value(to)}
+}
+
+// RaiseAbove is the change that raises a limit by as much as nobody can tell: above what it is now.
+func RaiseAbove(ceiling bool, key string, limit float64) *runnerv1.PolicyChange {
+	return &runnerv1.PolicyChange{Key: key, Ceiling: ceiling, Above: &limit}
+}
+
+func value(v any) *structpb.Value {
+	out, err := structpb.NewValue(v)
+	if err != nil { // not UTF-8, which JSON has no form for
+		return structpb.NewStringValue(strings.ToValidUTF8(fmt.Sprint(v), "\uFFFD"))
+	}
+	return out
 }
 
 func (c *Checks) add(check *runnerv1.PolicyCheck) {

@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
@@ -141,6 +142,9 @@ func (j *job) finished(res *Result, err, cause error, took time.Duration, identi
 		check.Rule = j.sink.clean(check.GetRule(), maxDetailText)
 		check.Subject = j.sink.clean(check.GetSubject(), maxDetailText)
 		check.Detail = j.sink.clean(check.GetDetail(), maxDetailText)
+		for _, change := range check.GetAllowedBy() {
+			j.cleanChange(change)
+		}
 	}
 	fin.Security.Subject, fin.Security.TenantId, fin.Security.Runner = j.job.Subject, j.job.TenantID, identity
 	if failure == nil {
@@ -154,6 +158,16 @@ func (j *job) finished(res *Result, err, cause error, took time.Duration, identi
 		}
 	}
 	return fin, failure
+}
+
+// cleanChange masks the texts of a change, as those of the check that it belongs to.
+func (j *job) cleanChange(change *runnerv1.PolicyChange) {
+	change.Key = j.sink.clean(change.GetKey(), maxDetailText)
+	for _, v := range append([]*structpb.Value{change.GetSet()}, change.GetAdd()...) {
+		if text, ok := v.GetKind().(*structpb.Value_StringValue); ok {
+			text.StringValue = j.sink.clean(text.StringValue, maxDetailText)
+		}
+	}
 }
 
 func (j *job) output(raw json.RawMessage) ([]byte, *fault.Error) {

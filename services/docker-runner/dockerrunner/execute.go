@@ -546,6 +546,20 @@ func (a *attempt) sample(ctx context.Context, cli *client.Client, id string) <-c
 	return done
 }
 
+// raising are the changes that raise the limit of memory that holds.
+func (a *attempt) raising() []*runnerv1.PolicyChange {
+	limit := a.limits.MemoryMB
+	if limit <= 0 {
+		return nil
+	}
+	return a.policies.changing(func(policy *Policy, ceiling bool) *runnerv1.PolicyChange {
+		if policy.ResourceLimits == nil || policy.ResourceLimits.MemoryMB != limit {
+			return nil
+		}
+		return runner.RaiseAbove(ceiling, "resource_limits.memory_mb", limit)
+	})
+}
+
 // verdict says why a container that ended by itself failed; nil where it did not.
 func (a *attempt) verdict(state *container.State, stderr *tail) error {
 	u, kills, _ := a.meter.usage()
@@ -562,7 +576,9 @@ func (a *attempt) verdict(state *container.State, stderr *tail) error {
 		if u.PeakMemoryMb != nil {
 			text += fmt.Sprintf(", its peak was %.1f MiB", u.GetPeakMemoryMb())
 		}
-		return fault.New(fault.ResourceExceeded, "%s; raise resource_limits.memory_mb, or use less", text)
+		err := fault.New(fault.ResourceExceeded, "%s; raise resource_limits.memory_mb, or use less", text)
+		_ = a.checks.Deny("resource_limits.memory_mb", fmt.Sprintf("more than %g MiB", a.limits.MemoryMB), err.Message, a.raising()...)
+		return err
 	}
 	if state.ExitCode == 0 {
 		return nil

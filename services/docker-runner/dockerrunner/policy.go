@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/runner"
 )
@@ -35,6 +36,17 @@ func newPolicies(registry Policy, ceiling *Policy, denied deniedPaths, checks *r
 		p.sources = append(p.sources, source{policy: ceiling, prefix: "ceiling.", where: "the runner's --policy file"})
 	}
 	return p
+}
+
+// changing collects what has to change of each policy.
+func (p *policies) changing(of func(policy *Policy, ceiling bool) *runnerv1.PolicyChange) []*runnerv1.PolicyChange {
+	var changes []*runnerv1.PolicyChange
+	for i, s := range p.sources {
+		if change := of(s.policy, i > 0); change != nil {
+			changes = append(changes, change)
+		}
+	}
+	return changes
 }
 
 func (p *policies) digest() string {
@@ -71,7 +83,15 @@ func (p *policies) image(n imageName, match func(imagePattern) bool, final bool)
 		case !allowed && pinned:
 			return p.checks.Deny(rule, n.String(), fmt.Sprintf("the image on the engine has another digest than the one pinned in %s; pull the pinned one, or change the pin", s.where))
 		case !allowed:
-			return p.checks.Deny(rule, n.String(), fmt.Sprintf("the image is not listed; add %q to allowed_images of %s", n, s.where))
+			return p.checks.Deny(rule, n.String(), fmt.Sprintf("the image is not listed; add %q to allowed_images of %s", n, s.where), p.changing(func(policy *Policy, ceiling bool) *runnerv1.PolicyChange {
+				if slices.ContainsFunc(policy.AllowedImages, func(text string) bool {
+					pattern, err := parsePattern(text)
+					return err == nil && match(pattern)
+				}) {
+					return nil
+				}
+				return runner.AddTo(ceiling, "allowed_images", n.String())
+			})...)
 		case final:
 			p.checks.Allow(rule, n.String())
 		}
@@ -104,7 +124,12 @@ func (p *policies) network(mode string) error {
 	for _, s := range p.sources {
 		rule := s.prefix + "allowed_networks"
 		if !slices.Contains(s.policy.AllowedNetworks, mode) {
-			return p.checks.Deny(rule, mode, fmt.Sprintf("the network is not listed; add %q to allowed_networks of %s", mode, s.where))
+			return p.checks.Deny(rule, mode, fmt.Sprintf("the network is not listed; add %q to allowed_networks of %s", mode, s.where), p.changing(func(policy *Policy, ceiling bool) *runnerv1.PolicyChange {
+				if slices.Contains(policy.AllowedNetworks, mode) {
+					return nil
+				}
+				return runner.AddTo(ceiling, "allowed_networks", mode)
+			})...)
 		}
 		p.checks.Allow(rule, mode)
 	}
@@ -119,7 +144,12 @@ func (p *policies) envVar(name string) error {
 	for _, s := range p.sources {
 		rule := s.prefix + "allowed_env_vars"
 		if !runner.EnvVarAllowed(s.policy.AllowedEnvVars, name) {
-			return p.checks.Deny(rule, name, fmt.Sprintf("the variable is not listed; add %q to allowed_env_vars of %s", name, s.where))
+			return p.checks.Deny(rule, name, fmt.Sprintf("the variable is not listed; add %q to allowed_env_vars of %s", name, s.where), p.changing(func(policy *Policy, ceiling bool) *runnerv1.PolicyChange {
+				if runner.EnvVarAllowed(policy.AllowedEnvVars, name) {
+					return nil
+				}
+				return runner.AddTo(ceiling, "allowed_env_vars", name)
+			})...)
 		}
 		if s.policy.AllowedEnvVars != nil {
 			p.checks.Allow(rule, name)

@@ -11,7 +11,9 @@ import (
 	"strconv"
 	"strings"
 
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/runner"
 )
 
 // deniedPath is a path of a host that no container gets, and why.
@@ -159,7 +161,12 @@ func (p *policies) volumeCount(n int) error {
 	for _, s := range p.sources {
 		if r := s.policy.VolumeRestrictions; r != nil && r.MaxVolumes != nil && n > *r.MaxVolumes {
 			return p.checks.Deny(s.prefix+"volume_restrictions.max_volumes", strconv.Itoa(n)+" volumes",
-				fmt.Sprintf("%s allows %d; raise max_volumes", s.where, *r.MaxVolumes))
+				fmt.Sprintf("%s allows %d; raise max_volumes", s.where, *r.MaxVolumes), p.changing(func(policy *Policy, ceiling bool) *runnerv1.PolicyChange {
+					if r := policy.VolumeRestrictions; r == nil || r.MaxVolumes == nil || *r.MaxVolumes >= n {
+						return nil
+					}
+					return runner.SetTo(ceiling, "volume_restrictions.max_volumes", n)
+				})...)
 		}
 	}
 	return nil
@@ -189,7 +196,8 @@ func (p *policies) volume(v Volume, r reach) (_ hostMount, err error) {
 		}
 	}
 	if inHome(resolved) && !slices.ContainsFunc(p.sources, func(s source) bool { return s.policy.VolumeRestrictions != nil }) {
-		return hostMount{}, p.checks.Deny("volumes", subject, fmt.Sprintf("it lies in a home directory, which must be listed; add volume_restrictions with allowed_host_paths: [%q] to %s", resolved, p.sources[0].where))
+		return hostMount{}, p.checks.Deny("volumes", subject, fmt.Sprintf("it lies in a home directory, which must be listed; add volume_restrictions with allowed_host_paths: [%q] to %s", resolved, p.sources[0].where),
+			runner.AddTo(false, allowedHostPaths, resolved))
 	}
 	if r == distant || r == local {
 		if err := p.swappable(resolved, subject); err != nil {
@@ -262,11 +270,40 @@ func (p *policies) above(name string) string {
 	return ""
 }
 
+const allowedHostPaths = "volume_restrictions.allowed_host_paths"
+
+// addingPath are the changes of both policies that allow a mount.
+func (p *policies) addingPath(m *hostMount, r reach) []*runnerv1.PolicyChange {
+	return p.changing(func(policy *Policy, ceiling bool) *runnerv1.PolicyChange {
+		if policy.VolumeRestrictions == nil && m.readOnly {
+			return nil
+		}
+		if policy.VolumeRestrictions != nil && slices.ContainsFunc(policy.VolumeRestrictions.AllowedHostPaths, func(allowed string) bool {
+			return within(m.source, p.allowedDir(allowed, r))
+		}) {
+			return nil
+		}
+		return runner.AddTo(ceiling, allowedHostPaths, m.source)
+	})
+}
+
+// allowedDir is what an entry of allowed_host_paths leads to. It may be a link of the operator's, but
+// not one that a container has put into a directory that it may write.
+func (p *policies) allowedDir(allowed string, r reach) string {
+	dir := path.Clean(allowed)
+	if r >= local && p.above(dir) == "" {
+		if target, err := filepath.EvalSymlinks(dir); err == nil {
+			dir = target
+		}
+	}
+	return dir
+}
+
 func (p *policies) hostPath(s source, m *hostMount, subject string, r reach) error {
 	rule := s.prefix + "volume_restrictions.allowed_host_paths"
 	if s.policy.VolumeRestrictions == nil {
 		if !m.readOnly {
-			return p.checks.Deny(rule, subject, fmt.Sprintf("a writable mount must be listed; add volume_restrictions with allowed_host_paths: [%q] to %s, or mount it ro", m.source, s.where))
+			return p.checks.Deny(rule, subject, fmt.Sprintf("a writable mount must be listed; add volume_restrictions with allowed_host_paths: [%q] to %s, or mount it ro", m.source, s.where), p.addingPath(m, r)...)
 		}
 		p.checks.Allow(rule, subject)
 		return nil
@@ -275,18 +312,10 @@ func (p *policies) hostPath(s source, m *hostMount, subject string, r reach) err
 		if !path.IsAbs(allowed) {
 			return fault.New(fault.Validation, "%s of %s: %q is not an absolute path", rule, s.where, clip(allowed))
 		}
-		dir := path.Clean(allowed)
-		// An entry may be a link of the operator's, but not one that a container has put into
-		// a directory that it may write.
-		if r >= local && p.above(dir) == "" {
-			if target, err := filepath.EvalSymlinks(dir); err == nil {
-				dir = target
-			}
-		}
-		if within(m.source, dir) {
+		if within(m.source, p.allowedDir(allowed, r)) {
 			p.checks.Allow(rule, subject)
 			return nil
 		}
 	}
-	return p.checks.Deny(rule, subject, fmt.Sprintf("the path is not listed; add %q to allowed_host_paths of %s", m.source, s.where))
+	return p.checks.Deny(rule, subject, fmt.Sprintf("the path is not listed; add %q to allowed_host_paths of %s", m.source, s.where), p.addingPath(m, r)...)
 }

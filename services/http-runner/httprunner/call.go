@@ -161,7 +161,7 @@ func (c *call) checkSize(m *message) *fault.Error {
 	most := c.plan.policy.maxRequest
 	if size := int64(len(m.body) + len(m.url.RawQuery)); size > most {
 		return c.checks.Deny("max_request_size", strconv.FormatInt(size, 10)+" bytes",
-			fmt.Sprintf("at most %d bytes of body and query string may be sent; raise max_request_size (%d at most) or send less", most, maxRequestBytes))
+			fmt.Sprintf("at most %d bytes of body and query string may be sent; raise max_request_size (%d at most) or send less", most, maxRequestBytes), c.plan.policy.allowingSize("max_request_size", size, maxRequestBytes)...)
 	} else if size > 0 {
 		c.checks.Allow("max_request_size", strconv.FormatInt(size, 10)+" bytes")
 	}
@@ -405,7 +405,7 @@ func (c *call) finish(ctx context.Context, m *message, res *http.Response) (json
 		return nil, c.refuse(res, m.method, m.url, body)
 	}
 	if res.ContentLength > most && m.method != http.MethodHead {
-		return nil, c.tooLarge(m, fmt.Sprintf("%d bytes", res.ContentLength))
+		return nil, c.tooLarge(m, fmt.Sprintf("%d bytes", res.ContentLength), res.ContentLength)
 	}
 	body, err := readAll(io.LimitReader(res.Body, most+1), res.ContentLength)
 	if err != nil {
@@ -416,7 +416,7 @@ func (c *call) finish(ctx context.Context, m *message, res *http.Response) (json
 		return nil, ferr
 	}
 	if int64(len(body)) > most {
-		return nil, c.tooLarge(m, fmt.Sprintf("more than %d bytes", most))
+		return nil, c.tooLarge(m, fmt.Sprintf("more than %d bytes", most), 0)
 	}
 	c.responseBytes = int64(len(body))
 	c.checks.Allow("max_response_size", strconv.Itoa(len(body))+" bytes")
@@ -433,14 +433,16 @@ func readAll(r io.Reader, length int64) ([]byte, error) {
 	return b.Bytes(), err // classified by the caller
 }
 
-func (c *call) tooLarge(m *message, size string) *fault.Error {
+// tooLarge refuses an answer. length is 0 where nobody knows it.
+func (c *call) tooLarge(m *message, size string, length int64) *fault.Error {
 	most := c.plan.policy.maxResponse
 	mend := "raise max_response_size"
 	if most >= maxResponseBytes {
 		mend = "no policy allows more; ask for less at a time, or for a reference to the data"
 	}
 	// The verdict belongs into the security context; the error is one of resources.
-	_ = c.checks.Deny("max_response_size", size, fmt.Sprintf("at most %d bytes are read; %s", most, mend))
+	_ = c.checks.Deny("max_response_size", size, fmt.Sprintf("at most %d bytes are read; %s", most, mend),
+		c.plan.policy.allowingSize("max_response_size", length, maxResponseBytes)...)
 	return fault.New(fault.ResourceExceeded, "%s %s: the answer has %s; max_response_size is %d; %s", m.method, withoutSecrets(m.url), size, most, mend)
 }
 

@@ -38,15 +38,7 @@ func (c *call) classify(ctx context.Context, err error, method string, u *url.UR
 	}
 	what := method + " " + withoutSecrets(u)
 	if address, ok := errors.AsType[*addressError](err); ok {
-		subject := u.Hostname() + " at " + address.address
-		if address.never {
-			return c.checks.Deny("allow_private_networks", subject, address.Error()+", which no policy allows")
-		}
-		if address.byName {
-			return c.checks.Deny("allow_private_networks", subject, address.Error()+", to which no name may lead; where it is meant, write the address itself into the URL and into allowed_domains")
-		}
-		return c.checks.Deny("allow_private_networks", subject, fmt.Sprintf(
-			"%s; if the service is meant to be reached there, set allow_private_networks: true in %s", address.Error(), c.plan.policy.privateBy))
+		return c.refuseAddress(address, u.Hostname()+" at "+address.address)
 	}
 	remote := func(text string) *fault.Error {
 		return fault.Wrap(err, fault.RemoteError, "%s: %s", what, text)
@@ -86,6 +78,18 @@ func (c *call) classify(ctx context.Context, err error, method string, u *url.UR
 		return remote("the answer is not valid HTTP: " + excerpt([]byte(innermost(err))))
 	}
 	return fault.Wrap(err, fault.Unavailable, "%s: %s", what, excerpt([]byte(innermost(err))))
+}
+
+// refuseAddress notes an address that the policy forbids.
+func (c *call) refuseAddress(address *addressError, subject string) *fault.Error {
+	switch {
+	case address.never:
+		return c.checks.Deny("allow_private_networks", subject, address.Error()+", which no policy allows")
+	case address.byName:
+		return c.checks.Deny("allow_private_networks", subject, address.Error()+", to which no name may lead; where it is meant, write the address itself into the URL and into allowed_domains")
+	}
+	return c.checks.Deny("allow_private_networks", subject, fmt.Sprintf(
+		"%s; if the service is meant to be reached there, set allow_private_networks: true in %s", address.Error(), c.plan.policy.privateBy), c.plan.policy.allowingPrivate()...)
 }
 
 // malformed recognises the errors of net/http for answers that break the protocol; they have

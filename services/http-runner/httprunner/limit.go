@@ -192,7 +192,7 @@ func (r *Runner) newBreaker(k breakerKey) breaker {
 
 // admit asks the breaker and the rate limit of a service whether a call may go out now. done
 // must be called with the call's outcome.
-func (r *Runner) admit(ctx context.Context, job *runner.Job, p *plan) (done func(outcome), refused *fault.Error) {
+func (r *Runner) admit(ctx context.Context, job *runner.Job, p *plan, checks *runner.Checks) (done func(outcome), refused *fault.Error) {
 	service := job.Service.Name
 	done = func(outcome) {}
 	if n := p.policy.breakerThreshold; n > 0 {
@@ -206,7 +206,7 @@ func (r *Runner) admit(ctx context.Context, job *runner.Job, p *plan) (done func
 		}
 		done = func(o outcome) { tell(b, o) }
 	}
-	if refused := r.admitRate(ctx, job, p); refused != nil {
+	if refused := r.admitRate(ctx, job, p, checks); refused != nil {
 		done(unknown)
 		return nil, refused
 	}
@@ -214,7 +214,7 @@ func (r *Runner) admit(ctx context.Context, job *runner.Job, p *plan) (done func
 }
 
 // admitRate takes a slot of each limit, of both or of none.
-func (r *Runner) admitRate(ctx context.Context, job *runner.Job, p *plan) *fault.Error {
+func (r *Runner) admitRate(ctx context.Context, job *runner.Job, p *plan, checks *runner.Checks) *fault.Error {
 	origin := p.base.target.origin()
 	var first *window
 	var taken time.Time
@@ -236,6 +236,7 @@ func (r *Runner) admitRate(ctx context.Context, job *runner.Job, p *plan) *fault
 			err = fault.New(fault.RateLimited, "rate_limit_per_minute of %s: %s may be called %d times a minute; the next call may go out in %s",
 				limit.whose, limit.what, n, wait.Round(time.Millisecond))
 			err.RetryAfter = wait
+			_ = checks.Deny("rate_limit_per_minute", "call of "+limit.what, err.Message, runner.RaiseAbove(limit.whose == ceilingName, "rate_limit_per_minute", float64(n)))
 		}
 		if err != nil {
 			if first != nil {

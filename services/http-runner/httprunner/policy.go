@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/net/idna"
 
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/runner"
 )
@@ -30,11 +31,15 @@ type effective struct {
 	ceilingPerMinute int // of the origin, by the operator's
 	breakerThreshold int // 0: no breaker
 	breakerRecovery  time.Duration
+	// service and ceiling are the two policies; ceiling may be nil.
+	service, ceiling *Policy
 }
 
 // ruleSet is what one of the two policies says of targets.
 type ruleSet struct {
 	name string // where to mend: security_policy or the runner's policy
+	// ceiling: it is the operator's.
+	ceiling bool
 	// envVars nil: any.
 	envVars []string
 	// domains nil: any for the ceiling, the target's own host for the registry's policy.
@@ -75,6 +80,8 @@ func narrow(p, ceiling *Policy) *effective {
 		privateBy:    registryName,
 		maxRequest:   defaultMaxBytes,
 		maxResponse:  defaultMaxBytes,
+		service:      p,
+		ceiling:      ceiling,
 	}
 	e.rules = append(e.rules, ruleSet{name: registryName, domains: p.AllowedDomains, ownHost: p.AllowedDomains == nil, ports: p.AllowedPorts, envVars: p.AllowedEnvVars})
 	if p.MaxRequestSize > 0 {
@@ -88,7 +95,7 @@ func narrow(p, ceiling *Policy) *effective {
 	if ceiling == nil {
 		return e
 	}
-	e.rules = append(e.rules, ruleSet{name: ceilingName, domains: ceiling.AllowedDomains, ports: ceiling.AllowedPorts, envVars: ceiling.AllowedEnvVars})
+	e.rules = append(e.rules, ruleSet{name: ceilingName, ceiling: true, domains: ceiling.AllowedDomains, ports: ceiling.AllowedPorts, envVars: ceiling.AllowedEnvVars})
 	if e.allowPrivate && !ceiling.AllowPrivateNetworks {
 		e.allowPrivate, e.privateBy = false, ceilingName
 	}
@@ -291,13 +298,13 @@ func (e *effective) check(checks *runner.Checks, t target, own string) *fault.Er
 	for _, r := range e.rules {
 		switch {
 		case e.allowPrivate && r.domains == nil && metadataAddress(addr):
-			return checks.Deny("allowed_domains", t.host, fmt.Sprintf("it is a link-local or metadata address; where it is meant, list it in allowed_domains of %s", r.name))
+			return checks.Deny("allowed_domains", t.host, fmt.Sprintf("it is a link-local or metadata address; where it is meant, list it in allowed_domains of %s", r.name), e.allowing(t, own)...)
 		case r.ownHost && t.host != own:
-			return checks.Deny("allowed_domains", t.host, fmt.Sprintf("without allowed_domains only the service's own host %s may be called; list both in %s.allowed_domains", own, r.name))
+			return checks.Deny("allowed_domains", t.host, fmt.Sprintf("without allowed_domains only the service's own host %s may be called; list both in %s.allowed_domains", own, r.name), e.allowing(t, own)...)
 		case r.domains != nil && !slices.ContainsFunc(r.domains, func(d string) bool { return domainMatches(d, t.host) }):
-			return checks.Deny("allowed_domains", t.host, fmt.Sprintf("allowed is %s; add %q to allowed_domains of %s", list(r.domains), t.host, r.name))
+			return checks.Deny("allowed_domains", t.host, fmt.Sprintf("allowed is %s; add %q to allowed_domains of %s", list(r.domains), t.host, r.name), e.allowing(t, own)...)
 		case r.ports != nil && !slices.Contains(r.ports, t.port):
-			return checks.Deny("allowed_ports", t.host+":"+port, fmt.Sprintf("allowed is %s; add %s to allowed_ports of %s", list(r.ports), port, r.name))
+			return checks.Deny("allowed_ports", t.host+":"+port, fmt.Sprintf("allowed is %s; add %s to allowed_ports of %s", list(r.ports), port, r.name), e.allowing(t, own)...)
 		}
 	}
 	checks.Allow("allowed_domains", t.host)
@@ -305,6 +312,83 @@ func (e *effective) check(checks *runner.Checks, t target, own string) *fault.Er
 		checks.Allow("allowed_ports", t.host+":"+port)
 	}
 	return nil
+}
+
+// allowing are the changes of both policies that together allow a target.
+func (e *effective) allowing(t target, own string) []*runnerv1.PolicyChange {
+	var changes []*runnerv1.PolicyChange
+	addr, _ := netip.ParseAddr(t.host)
+	for _, r := range e.rules {
+		switch {
+		case e.allowPrivate && r.domains == nil && metadataAddress(addr), r.ownHost && t.host != own:
+			entries := []any{t.host}
+			if r.ownHost && own != t.host {
+				entries = []any{own, t.host} // a list takes the place of the service's own host
+			}
+			changes = append(changes, runner.AddTo(r.ceiling, "allowed_domains", entries...))
+		case r.domains != nil && !slices.ContainsFunc(r.domains, func(d string) bool { return domainMatches(d, t.host) }):
+			changes = append(changes, runner.AddTo(r.ceiling, "allowed_domains", t.host))
+		}
+		if r.ports != nil && !slices.Contains(r.ports, t.port) {
+			changes = append(changes, runner.AddTo(r.ceiling, "allowed_ports", t.port))
+		}
+	}
+	return changes
+}
+
+// allowingPrivate are the changes that allow private networks.
+func (e *effective) allowingPrivate() []*runnerv1.PolicyChange {
+	return e.changing(func(p *Policy, ceiling bool) *runnerv1.PolicyChange {
+		if p.AllowPrivateNetworks {
+			return nil
+		}
+		return runner.SetTo(ceiling, "allow_private_networks", true)
+	})
+}
+
+// allowingSize are the changes that allow a body of so many bytes; 0 is more than now, nobody
+// knows by how much. None where it is more than any policy may allow.
+func (e *effective) allowingSize(key string, size, most int64) []*runnerv1.PolicyChange {
+	limit := func(p *Policy) int64 {
+		if key == "max_request_size" {
+			return p.MaxRequestSize
+		}
+		return p.MaxResponseSize
+	}
+	now := e.maxRequest
+	if key == "max_response_size" {
+		now = e.maxResponse
+	}
+	if size > most || now >= most {
+		return nil
+	}
+	return e.changing(func(p *Policy, ceiling bool) *runnerv1.PolicyChange {
+		own := limit(p)
+		if own == 0 && !ceiling {
+			own = defaultMaxBytes
+		}
+		switch {
+		case own == 0, size > 0 && own >= size, size == 0 && own > now:
+			return nil
+		case size > 0:
+			return runner.SetTo(ceiling, key, size)
+		}
+		return runner.RaiseAbove(ceiling, key, float64(own))
+	})
+}
+
+// changing collects what has to change of each policy.
+func (e *effective) changing(of func(p *Policy, ceiling bool) *runnerv1.PolicyChange) []*runnerv1.PolicyChange {
+	var changes []*runnerv1.PolicyChange
+	for _, p := range []*Policy{e.service, e.ceiling} {
+		if p == nil {
+			continue
+		}
+		if change := of(p, p == e.ceiling); change != nil {
+			changes = append(changes, change)
+		}
+	}
+	return changes
 }
 
 // checkEnvVar asks both policies whether a variable of the runner may be read.
@@ -316,7 +400,13 @@ func (e *effective) checkEnvVar(checks *runner.Checks, variable string) *fault.E
 		}
 		listed = true
 		if !slices.ContainsFunc(r.envVars, func(entry string) bool { return envVarMatches(entry, variable) }) {
-			return checks.Deny("allowed_env_vars", variable, fmt.Sprintf("allowed is %s; add %q to allowed_env_vars of %s", list(r.envVars), variable, r.name))
+			changes := e.changing(func(p *Policy, ceiling bool) *runnerv1.PolicyChange {
+				if runner.EnvVarAllowed(p.AllowedEnvVars, variable) {
+					return nil
+				}
+				return runner.AddTo(ceiling, "allowed_env_vars", variable)
+			})
+			return checks.Deny("allowed_env_vars", variable, fmt.Sprintf("allowed is %s; add %q to allowed_env_vars of %s", list(r.envVars), variable, r.name), changes...)
 		}
 	}
 	if listed {

@@ -157,7 +157,7 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 		digest = digestOf(normalPolicy(&policy), normalPolicy(r.options.Ceiling))
 	} else {
 		c.plan, digest = p, p.policy.digest
-		if done, err := r.admit(ctx, job, p); err != nil {
+		if done, err := r.admit(ctx, job, p, c.checks); err != nil {
 			result.Err = err
 			// An open breaker of one replica keeps all of them from the target for as long.
 			c.closes = err.Code == fault.Unavailable

@@ -16,6 +16,9 @@ import (
 // maxServices is how many services have series of their own; the others are "other".
 const maxServices = 1000
 
+// maxRules is how many rules of policies have series of their own.
+const maxRules = 100
+
 // metrics are the orchestrator's own figures; docs/observability.md lists them. Labels are
 // bounded: statuses, codes, execution types that have a runner, and so many services.
 type metrics struct {
@@ -35,13 +38,15 @@ type metrics struct {
 	records     prometheus.Histogram
 	failures    prometheus.Counter
 	alerts      *prometheus.CounterVec
+	denials     *prometheus.CounterVec
+	rules       *telemetry.Label
 }
 
 // newMetrics makes the figures of an orchestrator that has runners of these types.
 func newMetrics(types []string) *metrics {
 	seconds := prometheus.ExponentialBuckets(0.001, 4, 10)
 	m := &metrics{
-		registry: telemetry.NewRegistry(), types: telemetry.NewLabel(len(types), types...), services: telemetry.NewLabel(maxServices),
+		registry: telemetry.NewRegistry(), types: telemetry.NewLabel(len(types), types...), services: telemetry.NewLabel(maxServices), rules: telemetry.NewLabel(maxRules),
 		runs: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "specql_runs_ended_total", Help: "Runs that ended, by status.",
 		}, []string{"status"}),
@@ -80,12 +85,15 @@ func newMetrics(types []string) *metrics {
 		alerts: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "specql_alert_changes_total", Help: "Changes of alerts that this orchestrator evaluated, by the state after.",
 		}, []string{"to"}),
+		denials: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "specql_policy_denials_total", Help: "Attempts that a policy or a limit of one ended, by service, rule and error code.",
+		}, []string{"execution_type", "service", "rule", "code"}),
 		failures: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "specql_journal_commit_failures_total", Help: "Commits of the journal that failed for good.",
 		}),
 	}
 	m.registry.MustRegister(m.runs, m.runDuration, m.jobs, m.jobDuration, m.cost, m.retries, m.inFlight, m.attempts, m.queued,
-		m.commits, m.records, m.failures, m.alerts)
+		m.commits, m.records, m.failures, m.alerts, m.denials)
 	return m
 }
 
@@ -131,6 +139,11 @@ func (m *metrics) AttemptEnded(ctx context.Context, executionType string, queued
 	if queued > 0 {
 		telemetry.Observe(ctx, m.queued.WithLabelValues(executionType), queued)
 	}
+}
+
+// Denied implements engine.Observer.
+func (m *metrics) Denied(executionType, service, rule string, code fault.Code) {
+	m.denials.WithLabelValues(m.types.Value(executionType), m.services.Value(service), m.rules.Value(cmp.Or(rule, "unknown")), string(code)).Inc()
 }
 
 func (m *metrics) Retried(executionType string, code fault.Code) {

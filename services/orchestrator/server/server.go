@@ -143,7 +143,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	srv := mesh.NewServer(o.Credentials, mesh.ServerOptions{Logger: o.Logger, Registerer: m.registry, ServerOptions: api.Interceptors()})
 	specqlv1.RegisterOrchestratorServiceServer(srv, &api.Orchestrator{Engine: eng, Store: st, Registry: reg, Intake: in, Logger: o.Logger})
 	specqlv1.RegisterRegistryServiceServer(srv, &api.Registry{Registry: reg, Runners: dispatcher, Types: st, Refresh: eng.Refreshed, Logger: o.Logger})
-	specqlv1.RegisterInsightServiceServer(srv, &api.Insight{Store: st, Alerts: st, Registry: reg})
+	specqlv1.RegisterInsightServiceServer(srv, &api.Insight{Store: st, Alerts: st, Registry: reg, Checkers: dispatcher})
 
 	serving, stop := context.WithCancel(ctx)
 	defer stop()

@@ -54,7 +54,9 @@ type (
 	echoOperation struct {
 		Fail string `json:"fail,omitempty"`
 	}
-	echoPolicy struct{}
+	echoPolicy struct {
+		AllowedThings []string `json:"allowed_things,omitempty"`
+	}
 )
 
 // Describe implements runner.JobRunner.
@@ -87,6 +89,12 @@ func (r *echoRunner) Execute(ctx context.Context, job *runner.Job, sink runner.S
 		}
 	case "refuse":
 		return &runner.Result{Err: fault.New(fault.RemoteError, "no")}, nil
+	}
+	if job.Operation.Name == "deny" {
+		var checks runner.Checks
+		err := checks.Deny("allowed_things", "thing b", "it is not listed", runner.AddTo(false, "allowed_things", "b"))
+		_ = checks.Deny("ceiling.allowed_things", "thing b", "nor there", runner.AddTo(true, "allowed_things", "b"))
+		return &runner.Result{Err: err, Security: checks.Context("digest")}, nil
 	}
 	return &runner.Result{Output: job.Input}, nil
 }

@@ -267,7 +267,7 @@ func (c *call) checkDeployedMemory(rep *report) error {
 	if limit == 0 || size <= limit {
 		return nil
 	}
-	f := c.checks.Deny("resource_limits.memory_mb", fmt.Sprintf("%d MB", size), fmt.Sprintf("the limit is %d MB", limit))
+	f := c.checks.Deny("resource_limits.memory_mb", fmt.Sprintf("%d MB", size), fmt.Sprintf("the limit is %d MB", limit), c.policy.raisingMemory(size)...)
 	f.Code = fault.ResourceExceeded
 	f.Message = fmt.Sprintf("the function has %d MB of memory and resource_limits.memory_mb is %d%s; lower the function's memory or raise the limit", size, limit, peakText(rep))
 	return f

@@ -2,6 +2,7 @@ package serverlessrunner
 
 import (
 	"fmt"
+	"math"
 	"sync"
 	"time"
 
@@ -73,6 +74,7 @@ func (b *budget) beginAt(account, what string, l CostLimits, most float64) (func
 		return nil, err
 	}
 	if err := s.check(what, l, most, now); err != nil {
+		err.ceiling = account == ceilingAccount
 		return nil, err
 	}
 	s.last = now
@@ -129,21 +131,34 @@ func (b *budget) of(service string, now time.Time) (*spend, error) {
 	return s, nil
 }
 
-func (s *spend) check(what string, l CostLimits, call float64, now time.Time) error {
+// spentError says which limit is used up.
+type spentError struct {
+	fault *fault.Error
+	// key of the policy, and the value that would allow the call; ceiling says whose.
+	key     string
+	enough  float64
+	ceiling bool
+}
+
+func (e *spentError) Error() string { return e.fault.Error() }
+func (e *spentError) Unwrap() error { return e.fault }
+
+func (s *spend) check(what string, l CostLimits, call float64, now time.Time) *spentError {
 	invocations, cost := s.sum(now)
 	if most := l.MaxInvocationsPerHour; most > 0 && invocations >= most {
-		return s.exceeded(now, fmt.Sprintf("%s was invoked %d times in the last hour and cost_limits.max_invocations_per_hour is %d", what, invocations, most))
+		return &spentError{key: "cost_limits.max_invocations_per_hour", enough: float64(invocations + 1), fault: s.exceeded(now,
+			fmt.Sprintf("%s was invoked %d times in the last hour and cost_limits.max_invocations_per_hour is %d", what, invocations, most))}
 	}
 	// The smallest part of a dollar is for what adding has rounded.
 	if most := l.MaxCostPerHour; most > 0 && cost+s.reserved+call > most+1e-12 {
-		return s.exceeded(now, fmt.Sprintf("%s cost %.6f USD in the last hour, its %d calls in flight may cost %.6f USD, this one %.6f USD, and cost_limits.max_cost_per_hour is %g",
-			what, cost, s.inFlight, s.reserved, call, most))
+		return &spentError{key: "cost_limits.max_cost_per_hour", enough: math.Ceil((cost+s.reserved+call)*1e6) / 1e6, fault: s.exceeded(now, fmt.Sprintf("%s cost %.6f USD in the last hour, its %d calls in flight may cost %.6f USD, this one %.6f USD, and cost_limits.max_cost_per_hour is %g",
+			what, cost, s.inFlight, s.reserved, call, most))}
 	}
 	return nil
 }
 
 // exceeded says when the oldest slot leaves the hour.
-func (s *spend) exceeded(now time.Time, text string) error {
+func (s *spend) exceeded(now time.Time, text string) *fault.Error {
 	wait := budgetSlot
 	oldest := int64(-1)
 	for _, c := range s.slots {

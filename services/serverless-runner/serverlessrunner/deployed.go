@@ -237,6 +237,10 @@ func (c *call) noteBudget(err error, untold bool) error {
 	if untold && strings.Contains(f.Message, "max_cost_per_hour") {
 		f.Message += "; the most of any function was counted, since Lambda did not tell this one's: give the runner lambda:GetFunctionConfiguration on it"
 	}
-	_ = c.checks.Deny("cost_limits", c.job.Service.Name, f.Message)
+	var changes []*runnerv1.PolicyChange
+	if spent, ok := errors.AsType[*spentError](err); ok {
+		changes = append(changes, runner.SetTo(spent.ceiling, spent.key, spent.enough))
+	}
+	_ = c.checks.Deny("cost_limits", c.job.Service.Name, f.Message, changes...)
 	return f
 }

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/runner"
 )
 
@@ -66,6 +67,18 @@ func (e effective) resourceLimits() ResourceLimits {
 	return l
 }
 
+// raisingMemory are the changes that allow a function of so many MB.
+func (e effective) raisingMemory(size int64) []*runnerv1.PolicyChange {
+	var changes []*runnerv1.PolicyChange
+	_ = e.each(func(p *Policy, whose string) error {
+		if limit := p.ResourceLimits.MemoryMB; limit > 0 && limit < size {
+			changes = append(changes, runner.SetTo(whose == ceilingWhose, "resource_limits.memory_mb", size))
+		}
+		return nil
+	})
+	return changes
+}
+
 // capped says whether a policy bounds what may be spent.
 func (e effective) capped() bool {
 	return e.Service.CostLimits.MaxCostPerHour > 0 || e.Ceiling != nil && e.Ceiling.CostLimits.MaxCostPerHour > 0
@@ -95,7 +108,8 @@ func (e effective) authorizeDeployed(d deployed, checks *runner.Checks) error {
 		subject := "the function's timeout of " + d.timeout.String()
 		if d.timeout > limit {
 			return checks.Deny("resource_limits.timeout_seconds", subject,
-				fmt.Sprintf("%s allows %s, and the provider lets it run on when the attempt has ended; lower the function's timeout or raise the limit", whose, limit))
+				fmt.Sprintf("%s allows %s, and the provider lets it run on when the attempt has ended; lower the function's timeout or raise the limit", whose, limit),
+				runner.SetTo(whose == ceilingWhose, "resource_limits.timeout_seconds", d.timeout.Seconds()))
 		}
 		checks.Allow("resource_limits.timeout_seconds", subject)
 		return nil
@@ -107,15 +121,21 @@ func (e effective) timeout() time.Duration {
 	return seconds(e.resourceLimits().TimeoutSeconds)
 }
 
+// Whose a policy is, in messages.
+const (
+	serviceWhose = "the service's security_policy"
+	ceilingWhose = "the operator's ceiling (--policy of the runner)"
+)
+
 // each calls f for the service's policy and for the ceiling, until an error.
 func (e effective) each(f func(p *Policy, whose string) error) error {
-	if err := f(&e.Service, "the service's security_policy"); err != nil {
+	if err := f(&e.Service, serviceWhose); err != nil {
 		return err
 	}
 	if e.Ceiling == nil {
 		return nil
 	}
-	return f(e.Ceiling, "the operator's ceiling (--policy of the runner)")
+	return f(e.Ceiling, ceilingWhose)
 }
 
 // authorize checks what is about to be called, where.
@@ -179,7 +199,7 @@ func (e effective) authorizeInside(c Config, target endpoint, checks *runner.Che
 	if !inside {
 		return nil
 	}
-	return checks.Deny("allowed_endpoints", net.JoinHostPort(host, port), "it is not a public address; "+mendCeiling(host))
+	return checks.Deny("allowed_endpoints", net.JoinHostPort(host, port), "it is not a public address; "+mendCeiling(host), runner.AddTo(true, "allowed_endpoints", host))
 }
 
 // mendCeiling is what allows an endpoint inside.
@@ -199,7 +219,7 @@ func (e effective) authorizeScope(c Config, target endpoint, checks *runner.Chec
 		return nil
 	}
 	return checks.Deny("allowed_endpoints", net.JoinHostPort(host, port),
-		fmt.Sprintf("a token for %s goes to *.azurewebsites.net alone; %s", clip(c.AuthConfig.Scope, 200), mendCeiling(host)))
+		fmt.Sprintf("a token for %s goes to *.azurewebsites.net alone; %s", clip(c.AuthConfig.Scope, 200), mendCeiling(host)), runner.AddTo(true, "allowed_endpoints", host))
 }
 
 // authorizeEnvVar checks that a variable of the runner may be read.
@@ -235,7 +255,7 @@ func (p *Policy) authorizeMemory(memoryMB int64, whose string, checks *runner.Ch
 	}
 	subject := fmt.Sprintf("%d MB", memoryMB)
 	if memoryMB > limit {
-		return checks.Deny("resource_limits.memory_mb", subject, fmt.Sprintf("%s allows %d MB; lower memory_mb or raise the limit", whose, limit))
+		return checks.Deny("resource_limits.memory_mb", subject, fmt.Sprintf("%s allows %d MB; lower memory_mb or raise the limit", whose, limit), runner.SetTo(whose == ceilingWhose, "resource_limits.memory_mb", memoryMB))
 	}
 	checks.Allow("resource_limits.memory_mb", subject)
 	return nil
@@ -250,7 +270,7 @@ func allowed(checks *runner.Checks, rule, subject, whose string, list []string, 
 		checks.Allow(rule, subject)
 		return nil
 	}
-	return checks.Deny(rule, subject, fmt.Sprintf("%s allows %s; add %q", whose, listing(list), subject))
+	return checks.Deny(rule, subject, fmt.Sprintf("%s allows %s; add %q", whose, listing(list), subject), runner.AddTo(whose == ceilingWhose, rule, subject))
 }
 
 func listing(list []string) string {

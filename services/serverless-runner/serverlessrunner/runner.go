@@ -376,14 +376,16 @@ func (r *Runner) noteAddress(c *call, err error) error {
 		return err
 	}
 	why := "it is " + refused.why
+	var changes []*runnerv1.PolicyChange
 	switch {
 	case refused.private && c.config.Endpoint == "":
 		why += "; where that is meant, write runner_config.endpoint"
 	case refused.private:
 		host, _ := c.target.hostPort()
 		why += "; " + mendCeiling(host)
+		changes = append(changes, runner.AddTo(true, "allowed_endpoints", host))
 	}
-	return c.checks.Deny("allowed_endpoints", refused.addr.String(), why)
+	return c.checks.Deny("allowed_endpoints", refused.addr.String(), why, changes...)
 }
 
 // secret reads a variable of the runner that the policies allow.

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/services/shell-runner/internal/sandbox"
@@ -131,7 +132,10 @@ func (r *resolver) directory(path string) (string, error) {
 			continue
 		}
 		if !slices.ContainsFunc(allowed, func(top string) bool { return within(resolved(top), dir) }) {
-			return "", r.checks.Deny(rule, dir, fmt.Sprintf("it is below none of %s; add %q", list(allowed), dir))
+			return "", r.checks.Deny(rule, dir, fmt.Sprintf("it is below none of %s; add %q", list(allowed), dir),
+				r.adding("working_directory_restrictions", dir, func(allowed []string) bool {
+					return slices.ContainsFunc(allowed, func(top string) bool { return within(resolved(top), dir) })
+				})...)
 		}
 		r.checks.Allow(rule, dir)
 	}
@@ -145,6 +149,31 @@ func (r *resolver) lists(rule string, of func(*Policy) []string) func(func(strin
 			yield("ceiling."+rule, of(r.ceiling))
 		}
 	}
+}
+
+// adding are the changes of both policies that put an entry into their lists, of those that do not
+// allow it. A list that the operator has not made allows all.
+func (r *resolver) adding(rule, entry string, allows func([]string) bool) []*runnerv1.PolicyChange {
+	of := map[string]func(*Policy) []string{
+		"allowed_commands":               func(p *Policy) []string { return p.AllowedCommands },
+		"working_directory_restrictions": func(p *Policy) []string { return p.WorkingDirectoryRestrictions },
+	}[rule]
+	var changes []*runnerv1.PolicyChange
+	for name, allowed := range r.lists(rule, of) {
+		ceiling := name != rule
+		if allowed == nil && (ceiling || rule != "allowed_commands") || allows(allowed) {
+			continue
+		}
+		changes = append(changes, runner.AddTo(ceiling, rule, entry))
+	}
+	return changes
+}
+
+func (r *resolver) addingCommand(path string) []*runnerv1.PolicyChange {
+	return r.adding("allowed_commands", path, func(allowed []string) bool {
+		target := resolved(path)
+		return slices.ContainsFunc(allowed, func(entry string) bool { return entry == path || target != "\x00" && resolved(entry) == target })
+	})
 }
 
 func (r *resolver) fromCommand(argv []string, input any) (*command, error) {
@@ -205,7 +234,7 @@ func (r *resolver) allow(name string) (path, listed string, err error) {
 		}
 		// Whether a file exists is told of allowed paths only.
 		if !slices.Contains(r.policy.AllowedCommands, name) {
-			return "", "", r.checks.Deny("allowed_commands", clip(name), r.none("it is not listed")+fmt.Sprintf("; add %q", clip(name)))
+			return "", "", r.checks.Deny("allowed_commands", clip(name), r.none("it is not listed")+fmt.Sprintf("; add %q", clip(name)), r.addingCommand(name)...)
 		}
 		return "", "", fault.Wrap(err, fault.Validation, "%s", detail)
 	}
@@ -222,7 +251,7 @@ func (r *resolver) allow(name string) (path, listed string, err error) {
 			}
 		}
 		if match == "" {
-			return "", "", r.checks.Deny(rule, path, r.none("it is not listed")+fmt.Sprintf("; add %q", path))
+			return "", "", r.checks.Deny(rule, path, r.none("it is not listed")+fmt.Sprintf("; add %q", path), r.addingCommand(path)...)
 		}
 		if listed == "" {
 			listed = match
@@ -320,7 +349,7 @@ func (r *resolver) interpreted(s interpreter, script string) (*command, error) {
 		}
 		return nil, fault.New(fault.Validation, "%s", text)
 	}
-	return nil, r.checks.Deny("allowed_commands", script, r.none("none of them is an interpreter of "+s.ending+" files")+fmt.Sprintf("; add %q", s.listed))
+	return nil, r.checks.Deny("allowed_commands", script, r.none("none of them is an interpreter of "+s.ending+" files")+fmt.Sprintf("; add %q", s.listed), r.addingCommand(s.listed)...)
 }
 
 // find looks for the one file named after an operation.

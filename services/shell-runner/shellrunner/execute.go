@@ -405,8 +405,10 @@ func (a *attempt) outcome(failure error, stdout, stderr *stream, processHits int
 	}
 	if a.exitCode != 0 {
 		if processHits > 0 {
-			return nil, fault.New(fault.ResourceExceeded, "the job needed more processes than its limit of %d, and exited with status %d: %s; raise resource_limits.processes",
-				a.policy.Limits.Processes, a.exitCode, end(stderr.bytes()))
+			limit := a.policy.Limits.Processes
+			return nil, a.exceeded("processes", fmt.Sprintf("more than %d processes", limit), float64(limit), func(l Limits) float64 { return float64(l.Processes) },
+				"the job needed more processes than its limit of %d, and exited with status %d: %s; raise resource_limits.processes",
+				limit, a.exitCode, end(stderr.bytes()))
 		}
 		message := fmt.Sprintf("the command exited with status %d", a.exitCode)
 		if a.exitCode == exitNotExecutable {
@@ -438,13 +440,30 @@ func remoteError(message string, stderr *stream) error {
 	return fault.New(fault.RemoteError, "%s", message)
 }
 
+// exceeded notes which limit a job has passed, and gives the error.
+func (a *attempt) exceeded(key, tried string, limit float64, of func(Limits) float64, format string, args ...any) error {
+	key = "resource_limits." + key
+	var changes []*runnerv1.PolicyChange
+	// Of a limit that neither policy says the service's own can be raised.
+	if n := of(a.policy.Policy.ResourceLimits); n == limit || a.r.ceiling == nil || of(a.r.ceiling.ResourceLimits) != limit {
+		changes = append(changes, runner.RaiseAbove(false, key, limit))
+	}
+	if a.r.ceiling != nil && of(a.r.ceiling.ResourceLimits) == limit {
+		changes = append(changes, runner.RaiseAbove(true, key, limit))
+	}
+	err := fault.New(fault.ResourceExceeded, format, args...)
+	a.checks.DenyOnce(key, tried, err.Message, changes...)
+	return err
+}
+
 func (a *attempt) memoryError() error {
 	peak := ""
 	if a.total != nil && a.total.PeakMemoryMB != nil {
 		peak = fmt.Sprintf(" (peak %.1f MiB)", *a.total.PeakMemoryMB)
 	}
 	if limit := a.policy.Limits.MemoryMB; limit > 0 {
-		return fault.New(fault.ResourceExceeded, "the job needed more memory than its limit of %d MiB%s and the kernel ended it; raise resource_limits.memory_mb", limit, peak)
+		return a.exceeded("memory_mb", fmt.Sprintf("more than %d MiB%s", limit, peak), float64(limit), func(l Limits) float64 { return float64(l.MemoryMB) },
+			"the job needed more memory than its limit of %d MiB%s and the kernel ended it; raise resource_limits.memory_mb", limit, peak)
 	}
 	return fault.New(fault.ResourceExceeded, "the machine ran out of memory%s and the kernel ended the job; set resource_limits.memory_mb to what the machine has for it", peak)
 }
@@ -454,11 +473,15 @@ func (a *attempt) cpuError() error {
 	if a.total != nil && a.total.CPUSeconds != nil {
 		used = fmt.Sprintf(" (used %.2f s)", *a.total.CPUSeconds)
 	}
-	return fault.New(fault.ResourceExceeded, "the job needed more CPU time than its limit of %g s%s; raise resource_limits.cpu_seconds", a.policy.Limits.CPUSeconds, used)
+	limit := a.policy.Limits.CPUSeconds
+	return a.exceeded("cpu_seconds", fmt.Sprintf("more than %g s%s", limit, used), limit, func(l Limits) float64 { return l.CPUSeconds },
+		"the job needed more CPU time than its limit of %g s%s; raise resource_limits.cpu_seconds", limit, used)
 }
 
 func (a *attempt) diskError() error {
-	return fault.New(fault.ResourceExceeded, "the job wrote more than its limit of %d MiB to a file or to its temporary directory; raise resource_limits.disk_mb", a.policy.Limits.DiskMB)
+	limit := a.policy.Limits.DiskMB
+	return a.exceeded("disk_mb", fmt.Sprintf("more than %d MiB", limit), float64(limit), func(l Limits) float64 { return float64(l.DiskMB) },
+		"the job wrote more than its limit of %d MiB to a file or to its temporary directory; raise resource_limits.disk_mb", limit)
 }
 
 // startError says why a command could not be started.

@@ -97,6 +97,9 @@ func rule(a *specqlv1.Alert) jsonform.Object {
 func template(text string) string { return strings.ReplaceAll(text, "{{", "{ {") }
 
 func promDuration(d time.Duration) string {
+	if d%time.Second == 0 {
+		return strconv.FormatInt(int64(d/time.Second), 10) + "s"
+	}
 	return strconv.FormatInt(max(d.Milliseconds(), 1), 10) + "ms"
 }
 

@@ -93,11 +93,13 @@ func scalar(v any) string {
 		}
 		return "[" + strings.Join(parts, ", ") + "]"
 	}
-	raw, err := json.Marshal(v)
-	if err != nil {
+	var b strings.Builder
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(v); err != nil {
 		return strconv.Quote(fmt.Sprint(v))
 	}
-	return string(raw)
+	return strings.TrimSuffix(b.String(), "\n")
 }
 
 // at looks into nested maps; nil where there is nothing.

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -15,6 +14,7 @@ import (
 	"github.com/specql/mesh/cmd/specql/internal/jsonform"
 	"github.com/specql/mesh/cmd/specql/internal/terminal"
 	"github.com/specql/mesh/cmd/specql/internal/tree"
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/client"
 	"github.com/specql/mesh/pkg/fault"
@@ -22,153 +22,114 @@ import (
 
 // violation is what one operation attempted against one rule, however often.
 type violation struct {
-	operation, rule, attempted, detail string
-	count                              int
-	first, last                        time.Time
-	subjects                           []string
-	lastRun                            string
-	change                             *policyChange
-}
-
-// policyChange is the smallest change of a policy that would allow something.
-type policyChange struct {
-	// path is the key of the security_policy.
-	path string
-	// add are entries for the list at path; set is its new value where it is no list.
-	add []any
-	set any
-	// ceiling: it is the operator's policy of the runner that would have to change.
-	ceiling bool
+	operation, code, rule, source, attempted, detail string
+	count                                            int
+	first, last                                      time.Time
+	subjects, tenants, runners                       []string
+	lastRun                                          string
+	changes                                          []*runnerv1.PolicyChange
 }
 
 // audit groups violations, the most frequent first.
 func audit(list []*specqlv1.SecurityViolation) []*violation {
-	type key struct{ operation, rule, attempted, detail string }
+	type key struct{ operation, code, rule, source, attempted, changes string }
 	groups := map[key]*violation{}
 	var out []*violation
+	note := func(list *[]string, text string) {
+		if text != "" && !slices.Contains(*list, text) {
+			*list = append(*list, text)
+		}
+	}
 	for _, v := range list {
-		k := key{v.GetOperation(), v.GetRule(), v.GetAttempted(), v.GetDetail()}
+		k := key{v.GetOperation(), v.GetErrorCode(), v.GetRule(), v.GetRuleSource(), v.GetAttempted(), changesText(v.GetAllowedBy())}
+		if len(v.GetAllowedBy()) == 0 {
+			k.changes = v.GetDetail()
+		}
 		g := groups[k]
 		if g == nil {
 			at := v.GetOccurredAt().AsTime()
 			g = &violation{
-				operation: k.operation, rule: k.rule, attempted: k.attempted, detail: k.detail,
-				first: at, last: at, lastRun: v.GetRunId(), change: changeOf(k.rule, k.attempted, k.detail),
+				operation: k.operation, code: k.code, rule: k.rule, source: k.source, attempted: k.attempted, detail: v.GetDetail(),
+				first: at, last: at, lastRun: v.GetRunId(), changes: v.GetAllowedBy(),
 			}
 			groups[k] = g
 			out = append(out, g)
 		}
 		g.count++
 		g.first = v.GetOccurredAt().AsTime() // they come newest first
-		if s := v.GetSubject(); s != "" && !slices.Contains(g.subjects, s) {
-			g.subjects = append(g.subjects, s)
-		}
+		note(&g.subjects, v.GetSubject())
+		note(&g.tenants, v.GetTenantId())
+		note(&g.runners, v.GetRunner())
 	}
 	slices.SortStableFunc(out, func(a, b *violation) int { return cmp.Or(b.count-a.count, b.last.Compare(a.last)) })
 	return out
 }
 
-// What runners say is to be done. A detail without one of these has no change that a policy could make.
-var (
-	addEntry    = regexp.MustCompile(`(?:\b|; )adds? ("(?:[^"\\]|\\.)*"|[0-9]+)(?: to ([a-z_]+))?`)
-	addVolumes  = regexp.MustCompile(`add volume_restrictions with allowed_host_paths: \[("(?:[^"\\]|\\.)*")\]`)
-	listBoth    = regexp.MustCompile(`own host (\S+) may be called; list both`)
-	setValue    = regexp.MustCompile(`\bset ([a-z_]+): (true|false)`)
-	raiseLimit  = regexp.MustCompile(`\braise ([a-z_]+)`)
-	firstNumber = regexp.MustCompile(`^[0-9]+`)
-)
-
-// changeOf derives the smallest change from what the runner said; nil where none would do.
-func changeOf(rule, attempted, detail string) *policyChange {
-	path, ceiling := strings.CutPrefix(rule, "ceiling.")
-	c := &policyChange{path: path, ceiling: ceiling || strings.Contains(detail, "--policy")}
-	if m := addVolumes.FindStringSubmatch(detail); m != nil {
-		c.path, c.add = "volume_restrictions.allowed_host_paths", []any{entry(m[1])}
-		return c
+// changesText says in a few words which changes together allow something.
+func changesText(changes []*runnerv1.PolicyChange) string {
+	if len(changes) == 0 {
+		return "no change of a policy allows it: see what the runner says"
 	}
-	if m := listBoth.FindStringSubmatch(detail); m != nil {
-		c.add = []any{m[1], attempted}
-		return c
-	}
-	if strings.Contains(detail, "list it in allowed_domains") {
-		c.path, c.add = "allowed_domains", []any{attempted}
-		return c
-	}
-	if m := addEntry.FindStringSubmatch(detail); m != nil {
-		if m[2] != "" && !strings.HasSuffix(path, m[2]) {
-			c.path = m[2]
+	parts := make([]string, len(changes))
+	for i, c := range changes {
+		switch {
+		case len(c.GetAdd()) > 0:
+			parts[i] = fmt.Sprintf("add %s to %s", strings.Trim(scalar(entries(c)), "[]"), c.GetKey())
+		case c.GetSet() != nil:
+			parts[i] = fmt.Sprintf("set %s: %s", c.GetKey(), scalar(c.GetSet().AsInterface()))
+		default:
+			parts[i] = fmt.Sprintf("raise %s above %s", c.GetKey(), scalar(c.GetAbove()))
 		}
-		c.add = []any{entry(m[1])}
-		return c
-	}
-	if m := setValue.FindStringSubmatch(detail); m != nil {
-		c.path, c.set = m[1], m[2] == "true"
-		return c
-	}
-	if m := raiseLimit.FindStringSubmatch(detail); m != nil && strings.HasSuffix(path, m[1]) {
-		if n, err := strconv.ParseFloat(firstNumber.FindString(attempted), 64); err == nil {
-			c.set = n
-			return c
+		if c.GetCeiling() {
+			parts[i] += ", in the runner's --policy file"
 		}
 	}
-	return nil
+	return strings.Join(parts, "; and ")
 }
 
-// entry reads an entry as the runner wrote it: a quoted text, or a number.
-func entry(text string) any {
-	if s, err := strconv.Unquote(text); err == nil {
-		return s
+func entries(c *runnerv1.PolicyChange) []any {
+	out := make([]any, len(c.GetAdd()))
+	for i, v := range c.GetAdd() {
+		out[i] = v.AsInterface()
 	}
-	if n, err := strconv.ParseFloat(text, 64); err == nil {
-		return n
-	}
-	return text
-}
-
-// text says a change in a few words.
-func (c *policyChange) text() string {
-	if c == nil {
-		return "no entry of a policy allows it: see what the runner says"
-	}
-	whose := ""
-	if c.ceiling {
-		whose = ", in the runner's --policy file"
-	}
-	if c.add != nil {
-		return fmt.Sprintf("add %s to %s%s", strings.Trim(scalar(c.add), "[]"), c.path, whose)
-	}
-	return fmt.Sprintf("set %s: %s%s", c.path, scalar(c.set), whose)
+	return out
 }
 
 // auditChanges are the changes of a service's own policy that allow all violations: lists whole, as an overlay replaces them.
+// Of a limit of which nobody knows what would be enough, it says twice as much.
 func auditChanges(s *specqlv1.ServiceInfo, list []*violation) changes {
 	policy := s.GetSecurityPolicy().AsMap()
 	lists, out := map[string][]any{}, changes{}
 	for _, v := range list {
-		c := v.change
-		if c == nil || c.ceiling {
-			continue
-		}
-		path := "security_policy." + c.path
-		if c.add == nil {
-			if before, ok := at(out.plain(), path).(float64); ok {
-				if now, ok := c.set.(float64); ok && now < before {
-					continue
+		for _, c := range v.changes {
+			if c.GetCeiling() {
+				continue
+			}
+			path := "security_policy." + c.GetKey()
+			if len(c.GetAdd()) == 0 {
+				set := c.GetSet().AsInterface()
+				if c.Above != nil {
+					set = 2 * c.GetAbove()
+				}
+				if before, ok := at(out.plain(), path).(float64); ok {
+					if now, ok := set.(float64); ok && now < before {
+						continue
+					}
+				}
+				out.set(path, set)
+				continue
+			}
+			if lists[path] == nil {
+				lists[path], _ = at(policy, c.GetKey()).([]any)
+				lists[path] = slices.Clone(lists[path])
+			}
+			for _, e := range entries(c) {
+				if !slices.ContainsFunc(lists[path], func(have any) bool { return scalar(have) == scalar(e) }) {
+					lists[path] = append(lists[path], e)
 				}
 			}
-			out.set(path, c.set)
-			continue
+			out.set(path, lists[path])
 		}
-		if lists[path] == nil {
-			lists[path], _ = at(policy, c.path).([]any)
-			lists[path] = slices.Clone(lists[path])
-		}
-		for _, e := range c.add {
-			if !slices.ContainsFunc(lists[path], func(have any) bool { return scalar(have) == scalar(e) }) {
-				lists[path] = append(lists[path], e)
-			}
-		}
-		out.set(path, lists[path])
 	}
 	return out
 }
@@ -184,7 +145,7 @@ func (c changes) plain() map[string]any {
 }
 
 func newSecurityAudit(s IO) *cobra.Command {
-	var service string
+	var service, policy, env string
 	var from since
 	req := &specqlv1.GetSecurityAuditRequest{}
 	cmd := &cobra.Command{
@@ -193,12 +154,15 @@ func newSecurityAudit(s IO) *cobra.Command {
 		Long: "Lists what the calls of a service tried and its security policy, or the runner's own, forbade: which operation tried\n" +
 			"what, how often, and for whom. For each it says the smallest change that would allow it, and prints the changes as\n" +
 			"YAML for the registry or an overlay. Look at each before you allow it: a policy that forbids something may be right.\n" +
-			"Nothing is changed.",
-		Example: "  specql security-audit --service csv_processor --since 24h",
+			"With --policy, it tells which calls of the past another policy would have forbidden, and which forbidden ones it would\n" +
+			"have allowed: the runner decides on what is recorded of each call. Nothing is changed.",
+		Example: "  specql security-audit --service csv_processor --since 24h\n  specql security-audit --service csv_processor --policy new.yaml --since 30d",
 		Args:    cobra.NoArgs,
 	}
 	cmd.Flags().StringVar(&service, "service", "", "the service")
 	cmd.Flags().Int32Var(&req.Limit, "limit", 1000, "look at the newest so many violations, up to 10,000")
+	cmd.Flags().StringVar(&policy, "policy", "", "replay past calls against the policy in this file: a security_policy, or a registry or an overlay with the service")
+	cmd.Flags().StringVar(&env, "env", "", "the overlay of the file of --policy")
 	from.register(cmd.Flags(), "all")
 	return withClient(s, cmd, func(cmd *cobra.Command, c *client.Client, _ *connection, out *output, _ []string) error {
 		if service == "" {
@@ -219,6 +183,9 @@ func newSecurityAudit(s IO) *cobra.Command {
 		if err != nil {
 			return err
 		}
+		if policy != "" {
+			return s.replay(cmd.Context(), c, out, info, policy, env, begin)
+		}
 		req.Filter = &specqlv1.JobFilter{Service: info.GetName(), Since: begin}
 		res, err := insightOf(c).GetSecurityAudit(cmd.Context(), req)
 		if err != nil {
@@ -233,7 +200,7 @@ func newSecurityAudit(s IO) *cobra.Command {
 }
 
 func (s IO) printAudit(info *specqlv1.ServiceInfo, res *specqlv1.GetSecurityAuditResponse, found []*violation) error {
-	list := make([]jsonform.Object, 0, len(found))
+	violations := make([]jsonform.Object, 0, len(found))
 	for _, v := range found {
 		o := jsonform.Object{
 			{Name: "operation", Value: v.operation},
@@ -245,28 +212,40 @@ func (s IO) printAudit(info *specqlv1.ServiceInfo, res *specqlv1.GetSecurityAudi
 			{Name: "lastAt", Value: v.last.Format(time.RFC3339Nano)},
 			{Name: "lastRunId", Value: v.lastRun},
 			{Name: "subjects", Value: append([]string{}, v.subjects...)},
+			{Name: "tenants", Value: append([]string{}, v.tenants...)},
+			{Name: "runners", Value: append([]string{}, v.runners...)},
+			{Name: "errorCode", Value: v.code},
+			{Name: "ruleSource", Value: v.source},
 		}
-		if c := v.change; c != nil {
-			change := jsonform.Object{{Name: "path", Value: c.path}, {Name: "ceiling", Value: c.ceiling}}
-			if c.add != nil {
-				change = append(change, jsonform.Field{Name: "add", Value: c.add})
-			} else {
-				change = append(change, jsonform.Field{Name: "set", Value: c.set})
-			}
-			o = append(o, jsonform.Field{Name: "change", Value: change})
+		list := []jsonform.Object{}
+		for _, c := range v.changes {
+			list = append(list, changeObject(c))
 		}
-		list = append(list, o)
+		o = append(o, jsonform.Field{Name: "changes", Value: list})
+		violations = append(violations, o)
 	}
 	doc := jsonform.Object{
 		{Name: "service", Value: info.GetName()},
 		{Name: "executionType", Value: info.GetExecutionType()},
-		{Name: "violations", Value: list},
+		{Name: "violations", Value: violations},
 		{Name: "truncated", Value: res.GetTruncated()},
 	}
 	if c := auditChanges(info, found); len(c) > 0 {
 		doc = append(doc, jsonform.Field{Name: "yaml", Value: strings.Join(c.yaml(info.GetName()), "\n") + "\n"})
 	}
 	return s.print(doc)
+}
+
+// changeObject is a change in JSON.
+func changeObject(c *runnerv1.PolicyChange) jsonform.Object {
+	o := jsonform.Object{{Name: "path", Value: c.GetKey()}, {Name: "ceiling", Value: c.GetCeiling()}}
+	switch {
+	case len(c.GetAdd()) > 0:
+		return append(o, jsonform.Field{Name: "add", Value: entries(c)})
+	case c.GetSet() != nil:
+		return append(o, jsonform.Field{Name: "set", Value: c.GetSet().AsInterface()})
+	}
+	return append(o, jsonform.Field{Name: "above", Value: c.GetAbove()})
 }
 
 func auditLines(info *specqlv1.ServiceInfo, res *specqlv1.GetSecurityAuditResponse, found []*violation, screen terminal.Screen) []string {
@@ -287,7 +266,11 @@ func auditLines(info *specqlv1.ServiceInfo, res *specqlv1.GetSecurityAuditRespon
 	}
 	lines = append(lines, "")
 	for _, v := range found {
-		lines = append(lines, terminal.Clean(fmt.Sprintf("%s, %s %s: %s", v.operation, or(v.rule), or(v.attempted), v.detail)), "  → "+terminal.Clean(v.change.text()))
+		text := fmt.Sprintf("%s, %s %s: %s", v.operation, or(v.rule), or(v.attempted), v.detail)
+		if v.source != "" {
+			text += " (the rule: " + v.source + ")"
+		}
+		lines = append(lines, terminal.Clean(text), "  → "+terminal.Clean(changesText(v.changes)))
 	}
 	if c := auditChanges(info, found); len(c) > 0 {
 		lines = append(lines, "", "If all of this is meant, these changes of the registry allow it:", "")

@@ -111,7 +111,10 @@ func object(m protoreflect.Message) (Object, error) {
 }
 
 func value(f protoreflect.FieldDescriptor, v protoreflect.Value) (any, error) {
-	if !f.IsList() {
+	switch {
+	case f.IsMap():
+		return entries(f, v.Map())
+	case !f.IsList():
 		return single(f, v)
 	}
 	list := v.List()
@@ -124,6 +127,22 @@ func value(f protoreflect.FieldDescriptor, v protoreflect.Value) (any, error) {
 		out = append(out, item)
 	}
 	return out, nil
+}
+
+// entries is a map, in the order of its keys.
+func entries(f protoreflect.FieldDescriptor, m protoreflect.Map) (Object, error) {
+	out := make(Object, 0, m.Len())
+	var err error
+	m.Range(func(k protoreflect.MapKey, v protoreflect.Value) bool {
+		var item any
+		if item, err = single(f.MapValue(), v); err != nil {
+			return false
+		}
+		out = append(out, Field{Name: k.String(), Value: item})
+		return true
+	})
+	slices.SortFunc(out, func(a, b Field) int { return strings.Compare(a.Name, b.Name) })
+	return out, err
 }
 
 func single(f protoreflect.FieldDescriptor, v protoreflect.Value) (any, error) {

@@ -79,3 +79,12 @@ func TestBytesAndNumbers(t *testing.T) {
 	require.Error(t, err)
 	require.Equal(t, "{}\n", write(t, Object{}))
 }
+
+func TestMaps(t *testing.T) {
+	o, err := Message(&specqlv1.AlertChange{From: "pending", To: "firing", Values: map[string]float64{"b": 2, "a": 0.5}})
+	require.NoError(t, err)
+	require.Regexp(t, `(?s)"values": \{\s*"a": 0.5,\s*"b": 2\s*\}`, write(t, o))
+	o, err = Message(&specqlv1.AlertChange{})
+	require.NoError(t, err)
+	require.JSONEq(t, `{"values": {}}`, write(t, o))
+}

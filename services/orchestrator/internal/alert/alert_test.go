@@ -150,16 +150,40 @@ type bench struct {
 type fixedFigures struct {
 	store.Alerts
 	rows []*store.WindowFigures
+	took func() // what a query takes
 }
 
 func (f *fixedFigures) WindowFigures(context.Context, time.Time) ([]*store.WindowFigures, error) {
+	if f.took != nil {
+		f.took()
+	}
 	return f.rows, nil
+}
+
+// Queries that take long are made less often, and the lease lasts from one to the next.
+func TestRest(t *testing.T) {
+	c := &clock{now: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)}
+	st := openStore(t, c)
+	alerts := parse(t, paged)
+	a, b := newBench(t, st, c, "a", alerts), newBench(t, st, c, "b", alerts)
+	for took, want := range map[time.Duration]time.Duration{time.Millisecond: 5 * time.Second, 3 * time.Second: time.Minute, 14 * time.Second: 2 * time.Minute} {
+		a.figures.took = func() { c.advance(took) }
+		rest, err := a.tick(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, want, rest)
+		c.advance(rest)
+		_, err = b.tick(t.Context())
+		require.NoError(t, err)
+		leader, err := st.AlertLeader(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, "a", leader)
+	}
 }
 
 func newBench(t *testing.T, st store.Alerts, c *clock, owner string, alerts []*spec.Alert) *bench {
 	t.Helper()
 	b := &bench{clock: c, figures: &fixedFigures{Alerts: st}}
-	b.evaluator = &evaluator{Options{
+	b.evaluator = &evaluator{Options: Options{
 		Store: b.figures, Alerts: func() []*spec.Alert { return alerts }, Clock: c, Logger: slog.New(slog.DiscardHandler), Owner: owner,
 		Changed: func(string, string) {},
 		Notify: func(_ context.Context, service, operation string, input map[string]any, key string) (string, error) {

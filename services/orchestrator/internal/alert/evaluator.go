@@ -45,8 +45,10 @@ const (
 	longestPause  = 5 * time.Second
 	// idlePause is how often one looks that does not evaluate.
 	idlePause = 3 * time.Second
-	// costShare is how many times as long as its queries took an evaluator rests at least.
-	costShare = 20
+	// costShare is how many times as long as its queries took an evaluator rests at least, and longestRest
+	// how long at most.
+	costShare   = 20
+	longestRest = 2 * time.Minute
 	// notifyBatch is how many notifications begin at once, and notifyFor how long one is tried.
 	notifyBatch = 100
 	notifyFor   = 10 * time.Minute
@@ -79,7 +81,11 @@ func Run(ctx context.Context, o Options) {
 	}
 }
 
-type evaluator struct{ Options }
+type evaluator struct {
+	Options
+	// cost is how long the last evaluation took.
+	cost time.Duration
+}
 
 // tick evaluates all alerts once, if that is ours to do, and returns how long to wait.
 func (e *evaluator) tick(ctx context.Context) (time.Duration, error) {
@@ -88,7 +94,7 @@ func (e *evaluator) tick(ctx context.Context) (time.Duration, error) {
 	for _, a := range alerts {
 		pause = min(pause, max(PendingFor(a.Window)/3, shortestPause))
 	}
-	leads, err := e.Store.LeadAlerts(ctx, e.Owner, lease(pause))
+	leads, err := e.Store.LeadAlerts(ctx, e.Owner, max(lease(pause), 4*e.cost))
 	if err != nil || !leads {
 		return idlePause, err
 	}
@@ -99,7 +105,12 @@ func (e *evaluator) tick(ctx context.Context) (time.Duration, error) {
 	if err := e.notify(ctx, alerts); err != nil {
 		return pause, err
 	}
-	return min(max(pause, costShare*e.Clock.Now().Sub(began)), lease(pause)*2/3), nil
+	e.cost = e.Clock.Now().Sub(began)
+	rest := max(pause, min(costShare*e.cost, longestRest))
+	if rest > lease(pause)/2 {
+		_, err = e.Store.LeadAlerts(ctx, e.Owner, lease(rest)) // it has to last until the next time
+	}
+	return rest, err
 }
 
 func (e *evaluator) evaluate(ctx context.Context, alerts []*spec.Alert) error {

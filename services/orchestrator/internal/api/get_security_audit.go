@@ -2,7 +2,11 @@ package api
 
 import (
 	"context"
+	"encoding/json"
 
+	"google.golang.org/protobuf/encoding/protojson"
+
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
 )
@@ -31,11 +35,26 @@ func (i *Insight) GetSecurityAudit(ctx context.Context, req *specqlv1.GetSecurit
 		rows, resp.Truncated = rows[:limit], true
 	}
 	for _, r := range rows {
-		resp.Violations = append(resp.Violations, &specqlv1.SecurityViolation{
+		v := &specqlv1.SecurityViolation{
 			JobId: r.JobID, RunId: r.RunID, StepPath: r.StepPath, Service: r.Service, Operation: r.Operation, ExecutionType: r.ExecutionType,
 			Rule: r.Rule, Attempted: r.Attempted, Detail: r.Detail, PolicyDigest: r.PolicyDigest, Runner: r.Runner,
-			Subject: r.Subject, TenantId: r.TenantID, OccurredAt: timeProto(r.OccurredAt),
-		})
+			Subject: r.Subject, TenantId: r.TenantID, OccurredAt: timeProto(r.OccurredAt), ErrorCode: r.ErrorCode, RuleSource: r.RuleSource,
+			AllowedBy: changesOf(r.AllowedBy),
+		}
+		resp.Violations = append(resp.Violations, v)
 	}
 	return resp, nil
+}
+
+// changesOf reads stored changes of a policy; nil where there are none, or something else.
+func changesOf(raw json.RawMessage) []*runnerv1.PolicyChange {
+	if len(raw) == 0 {
+		return nil
+	}
+	var check runnerv1.PolicyCheck
+	whole := append(append([]byte(`{"allowed_by":`), raw...), '}')
+	if (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(whole, &check) != nil {
+		return nil
+	}
+	return check.GetAllowedBy()
 }

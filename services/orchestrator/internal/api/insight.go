@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
@@ -32,6 +33,14 @@ type Insight struct {
 	// Alerts is how the alerts of the Registry in force stand.
 	Alerts   store.Alerts
 	Registry *registry.Registry
+	// Checkers decide what a policy would say of jobs of the past.
+	Checkers Checkers
+}
+
+// Checkers are the runners, as ReplayPolicy asks them.
+type Checkers interface {
+	Validate(ctx context.Context, req *runnerv1.ValidateRequest) ([]*runnerv1.Problem, error)
+	Check(ctx context.Context, req *runnerv1.CheckRequest) ([]*runnerv1.CheckedJob, error)
 }
 
 // jobFilter reads a filter.

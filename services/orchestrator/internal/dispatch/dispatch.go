@@ -166,6 +166,22 @@ func (d *Dispatcher) Validate(ctx context.Context, req *runnerv1.ValidateRequest
 	return resp.GetProblems(), nil
 }
 
+// Check asks a runner what a policy would say of jobs of the past.
+func (d *Dispatcher) Check(ctx context.Context, req *runnerv1.CheckRequest) ([]*runnerv1.CheckedJob, error) {
+	t := d.runners[req.GetService().GetExecutionType()]
+	if t == nil {
+		return nil, d.noRunner(req.GetService().GetExecutionType())
+	}
+	resp, err := t.client.Check(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	if have, want := len(resp.GetJobs()), len(req.GetJobs()); have != want {
+		return nil, fault.New(fault.Internal, "the %s runner checked %d of %d jobs", req.GetService().GetExecutionType(), have, want)
+	}
+	return resp.GetJobs(), nil
+}
+
 func (d *Dispatcher) noRunner(executionType string) *fault.Error {
 	f := fault.New(fault.Unavailable, "no runner serves execution type %q; start the orchestrator with --runner %s=ADDRESS", executionType, executionType)
 	f.Retryable = false

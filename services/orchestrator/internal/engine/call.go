@@ -308,6 +308,7 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 		}
 		usage = addUsage(usage, out.Usage, took, job.Attempts)
 		job.ResourceUsage = protoJSON(usage)
+		r.denied(ctx, n, job, out)
 		if out.Security != nil {
 			job.SecurityContext = protoJSON(out.Security)
 		}

@@ -20,6 +20,8 @@ type Observer interface {
 	AttemptEnded(ctx context.Context, executionType string, queued, took time.Duration)
 	// Retried is told of each failure that another attempt follows.
 	Retried(executionType string, code fault.Code)
+	// Denied is told of each rule of a policy that ended an attempt; rule is empty where it is not known.
+	Denied(executionType, service, rule string, code fault.Code)
 }
 
 // JobEnd is how a job ended.
@@ -58,3 +60,5 @@ func (unobserved) AttemptBegan(string) {}
 func (unobserved) AttemptEnded(context.Context, string, time.Duration, time.Duration) {}
 
 func (unobserved) Retried(string, fault.Code) {}
+
+func (unobserved) Denied(string, string, string, fault.Code) {}

@@ -294,6 +294,9 @@ func checkReferences(entities []*spec.Entity) spec.Problems {
 	return out
 }
 
+// Service is a service and its operations as its runner sees them.
+func Service(svc *spec.Service) (*runnerv1.ValidateRequest, error) { return validateRequest(svc) }
+
 func validateRequest(svc *spec.Service) (*runnerv1.ValidateRequest, error) {
 	object := func(m map[string]any) ([]byte, error) {
 		if len(m) == 0 {

@@ -21,8 +21,11 @@ type Insight interface {
 	QueueHealth(ctx context.Context, f JobFilter) ([]*QueueHealth, error)
 	// Costs are those of priced jobs, a row a service and execution type, the most expensive first.
 	Costs(ctx context.Context, f JobFilter) ([]*Cost, error)
-	// Violations lists at most limit violations that happened at f.Since or later, newest first.
+	// Violations lists at most limit denials that happened at f.Since or later, newest first.
 	Violations(ctx context.Context, f JobFilter, limit int) ([]*Violation, error)
+	// Recorded returns at most limit jobs that completed or failed, of f.Service, f.Tenants and created at f.Since or
+	// later, by descending id, which for the engine's own is newest first. before is the last id of the page before.
+	Recorded(ctx context.Context, f JobFilter, before string, limit int) ([]*RecordedJob, error)
 	// Figures returns at most limit jobs that were created at f.Since or later, newest first.
 	Figures(ctx context.Context, f JobFilter, limit int) ([]*JobFigures, error)
 }
@@ -85,15 +88,35 @@ type Cost struct {
 	FirstJobAt, LastJobAt  time.Time
 }
 
-// Violation is a row of v_security_violations.
+// Violation is a row of v_denials.
 type Violation struct {
 	JobID, RunID, StepPath            string
 	Service, Operation, ExecutionType string
+	ErrorCode                         string
 	Rule, Attempted, Detail           string
-	PolicyDigest, Runner              string
-	Subject, TenantID                 string
-	OccurredAt                        time.Time
+	// RuleSource is the rule's place in the registry, AllowedBy a JSON list of specql.runner.v1.PolicyChange.
+	RuleSource           string
+	AllowedBy            json.RawMessage
+	PolicyDigest, Runner string
+	Subject, TenantID    string
+	OccurredAt           time.Time
 }
+
+// RecordedJob is what is kept of a job that says what it did.
+type RecordedJob struct {
+	ID, RunID, Operation string
+	Status               Status
+	ErrorCode            string
+	// Input is nil where it has more than MaxRecordedInput bytes.
+	Input, RunnerConfig, SecurityContext, ResourceUsage json.RawMessage
+	Subject                                             string
+	CreatedAt                                           time.Time
+	// Snapshot, Entity and Action are those of the run.
+	Snapshot, Entity, Action string
+}
+
+// MaxRecordedInput is the largest input that [Insight.Recorded] returns, in bytes of its text.
+const MaxRecordedInput = 64 << 10
 
 // JobFigures is what reports need of a job.
 type JobFigures struct {

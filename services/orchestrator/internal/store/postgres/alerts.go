@@ -153,9 +153,10 @@ func (s *Store) Notified(ctx context.Context, id, runID, failure string) error {
 // WindowFigures implements [store.Store]. No index is on a job's end, so that ending one is cheap:
 // jobs are found through their runs, which have not ended or did so no earlier than their jobs.
 func (s *Store) WindowFigures(ctx context.Context, since time.Time) ([]*store.WindowFigures, error) {
-	return report(ctx, s, "figures of a window", func(f *store.WindowFigures, _ *moments) []any {
-		return []any{&f.ExecutionType, &f.Completed, &f.Failed, &f.Resource, &f.Security, &f.CostUSD, &f.P50, &f.P95, &f.P99}
-	}, func(*store.WindowFigures, *moments) {},
+	rows, err := all(ctx, s, func(row pgx.CollectableRow) (*store.WindowFigures, error) {
+		f := &store.WindowFigures{}
+		return f, row.Scan(&f.ExecutionType, &f.Completed, &f.Failed, &f.Resource, &f.Security, &f.CostUSD, &f.P50, &f.P95, &f.P99)
+	},
 		`WITH runs AS MATERIALIZED (
 			SELECT id FROM jobs.tb_workflow_run WHERE completed_at >= $1::timestamptz AND triggered_by IS DISTINCT FROM $2::text
 			UNION ALL
@@ -176,4 +177,8 @@ func (s *Store) WindowFigures(ctx context.Context, since time.Time) ([]*store.Wi
 			coalesce(sum(cost), 0)::double precision, percentile_disc(0.5) WITHIN GROUP (ORDER BY duration),
 			percentile_disc(0.95) WITHIN GROUP (ORDER BY duration), percentile_disc(0.99) WITHIN GROUP (ORDER BY duration)
 		FROM ended GROUP BY GROUPING SETS ((execution_type), ()) HAVING count(*) > 0 ORDER BY 1`, since.UTC(), store.AlertSubject)
+	if err != nil {
+		return nil, fmt.Errorf("figures of a window: %w", err)
+	}
+	return rows, nil
 }

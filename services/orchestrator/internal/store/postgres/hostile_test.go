@@ -305,7 +305,7 @@ func TestDashboards(t *testing.T) {
 	st := openTest(t)
 	url := st.pool.Config().ConnString()
 	views := view(t, st, "SELECT relname::text AS name FROM pg_class WHERE relnamespace = 'jobs'::regnamespace AND relkind = 'v'")
-	require.Len(t, views, 7)
+	require.Len(t, views, 8)
 	dash, as := role(t, url, "")
 	require.ErrorContains(t, as("SELECT * FROM jobs.fn_failures()"), "may not read the views")
 	require.ErrorContains(t, as("SELECT * FROM jobs.fn_active_jobs()"), "may not read the views")

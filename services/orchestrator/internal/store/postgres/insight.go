@@ -159,13 +159,13 @@ func (s *Store) Violations(ctx context.Context, f store.JobFilter, limit int) ([
 	return report(ctx, s, "security violations", func(v *store.Violation, t *moments) []any {
 		return []any{
 			&v.JobID, &v.RunID, &v.StepPath, &v.Service, &v.Operation, &v.ExecutionType, &v.Rule, &v.Attempted, &v.Detail,
-			&v.PolicyDigest, &v.Runner, &v.Subject, &v.TenantID, &t.last,
+			&v.PolicyDigest, &v.Runner, &v.Subject, &v.TenantID, &t.last, &v.ErrorCode, &v.RuleSource, jsonOf(&v.AllowedBy),
 		}
 	}, func(v *store.Violation, t *moments) { v.OccurredAt = utc(t.last) },
 		`SELECT job_id::text, coalesce(run_id::text, ''), coalesce(step_path, ''), service_name, operation, execution_type, coalesce(rule, ''),
 			coalesce(attempted, ''), coalesce(detail, ''), coalesce(policy_digest, ''), coalesce(runner, ''), coalesce(subject, ''),
-			coalesce(tenant_id, ''), occurred_at::timestamptz
-		FROM jobs.v_security_violations
+			coalesce(tenant_id, ''), occurred_at::timestamptz, error_code, coalesce(rule_source, ''), allowed_by
+		FROM jobs.v_denials
 		WHERE ($1::text = '' OR service_name = $1) AND ($2::text = '' OR execution_type = $2)
 			AND ($3::timestamptz IS NULL OR occurred_at >= $3) AND ($5::text[] IS NULL OR coalesce(tenant_id, '') = ANY ($5))
 		ORDER BY occurred_at DESC, job_id::text COLLATE "C", rule COLLATE "C" NULLS FIRST, attempted COLLATE "C" NULLS FIRST LIMIT $4::bigint`,
@@ -198,4 +198,26 @@ func tenantsValue(tenants []string) []string {
 		return nil
 	}
 	return gather(tenants, plain)
+}
+
+// Recorded implements [store.Insight]. It goes down the primary key, and looks at each job once, whatever the pages.
+func (s *Store) Recorded(ctx context.Context, f store.JobFilter, before string, limit int) ([]*store.RecordedJob, error) {
+	jobs, err := all(ctx, s, func(row pgx.CollectableRow) (*store.RecordedJob, error) {
+		j := &store.RecordedJob{}
+		var created moment
+		err := row.Scan(&j.ID, &j.RunID, &j.Operation, &j.Status, &j.ErrorCode, jsonOf(&j.Input), jsonOf(&j.RunnerConfig), jsonOf(&j.SecurityContext),
+			jsonOf(&j.ResourceUsage), &j.Subject, &created, &j.Snapshot, &j.Entity, &j.Action)
+		j.CreatedAt = utc(created)
+		return j, err
+	}, `SELECT j.id::text, coalesce(j.run_id::text, ''), j.operation, j.status::text, coalesce(j.error_code, ''),
+			CASE WHEN octet_length(j.input_data::text) <= $6::integer THEN j.input_data END, j.runner_config, j.security_context, j.resource_usage,
+			coalesce(r.triggered_by, j.triggered_by::text, ''), j.created_at::timestamptz, coalesce(r.snapshot, ''), coalesce(r.entity, ''), coalesce(r.action, '')
+		FROM jobs.tb_job_run j LEFT JOIN jobs.tb_workflow_run r ON r.id = j.run_id
+		WHERE ($1::uuid IS NULL OR j.id < $1) AND j.service_name = $2 AND j.status IN ('completed', 'failed')
+			AND ($3::timestamptz IS NULL OR j.created_at >= $3) AND ($4::text[] IS NULL OR coalesce(j.tenant_id::text, r.tenant_id, '') = ANY ($4))
+		ORDER BY j.id DESC LIMIT $5::bigint`, uuidValue(before), plain(f.Service), nullTime(f.Since), tenantsValue(f.Tenants), int64(limit), store.MaxRecordedInput)
+	if err != nil {
+		return nil, fmt.Errorf("recorded jobs: %w", err)
+	}
+	return jobs, nil
 }

@@ -26,7 +26,7 @@ func view(t *testing.T, st *Store, query string) []map[string]any {
 
 var viewNames = []string{
 	"v_execution_performance_by_type", "v_resource_usage_by_runner", "v_runner_failure_patterns",
-	"v_job_queue_health", "v_cost_by_service", "v_security_violations",
+	"v_job_queue_health", "v_cost_by_service", "v_security_violations", "v_denials",
 }
 
 func TestViewsOfNothing(t *testing.T) {

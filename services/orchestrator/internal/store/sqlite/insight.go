@@ -113,7 +113,7 @@ func (s *Store) Costs(ctx context.Context, f store.JobFilter) ([]*store.Cost, er
 
 // Violations implements [store.Insight].
 func (s *Store) Violations(ctx context.Context, f store.JobFilter, limit int) ([]*store.Violation, error) {
-	return report(ctx, s, "security violations", "v_security_violations", f, func(v *store.Violation) []any {
+	return report(ctx, s, "security violations", "v_denials", f, func(v *store.Violation) []any {
 		return []any{
 			&v.JobID,
 			textColumn{&v.RunID},
@@ -127,9 +127,12 @@ func (s *Store) Violations(ctx context.Context, f store.JobFilter, limit int) ([
 			textColumn{&v.Subject},
 			textColumn{&v.TenantID},
 			timeColumn{&v.OccurredAt},
+			&v.ErrorCode,
+			textColumn{&v.RuleSource},
+			jsonColumn{&v.AllowedBy},
 		}
 	}, `SELECT job_id, run_id, step_path, service_name, operation, execution_type, rule, attempted, detail, policy_digest, runner,
-			subject, tenant_id, occurred_at
+			subject, tenant_id, occurred_at, error_code, rule_source, allowed_by
 		FROM v
 		WHERE (?1 = '' OR service_name = ?1) AND (?2 = '' OR execution_type = ?2) AND (?3 IS NULL OR occurred_at >= ?3)
 		ORDER BY occurred_at DESC, job_id, rule, attempted LIMIT ?4`, f.Service, f.ExecutionType, timeValue(f.Since), limit)
@@ -155,4 +158,34 @@ func (s *Store) Figures(ctx context.Context, f store.JobFilter, limit int) ([]*s
 			AND (NOT ?4 OR status = 'failed')
 		ORDER BY created_at DESC, id DESC LIMIT ?5`,
 		f.Service, f.ExecutionType, timeValue(f.Since), boolValue(f.Failed), limit, store.MaxErrorMessage)
+}
+
+// Recorded implements [store.Insight].
+func (s *Store) Recorded(ctx context.Context, f store.JobFilter, before string, limit int) ([]*store.RecordedJob, error) {
+	mine, tenants := "?6 IS NULL", any(nil)
+	if f.Tenants != nil {
+		mine, tenants = ofTenants("?6", f.Tenants)
+		mine = strings.Replace(mine, "tenant_id", "j.tenant_id", 1)
+	}
+	return rowsOf(ctx, s, "recorded jobs", func(j *store.RecordedJob) []any {
+		return []any{
+			&j.ID,
+			textColumn{&j.RunID},
+			&j.Operation, &j.Status,
+			textColumn{&j.ErrorCode},
+			jsonColumn{&j.Input},
+			jsonColumn{&j.RunnerConfig},
+			jsonColumn{&j.SecurityContext},
+			jsonColumn{&j.ResourceUsage},
+			textColumn{&j.Subject},
+			timeColumn{&j.CreatedAt},
+			textColumn{&j.Snapshot},
+			textColumn{&j.Entity},
+			textColumn{&j.Action},
+		}
+	}, `SELECT j.id, j.run_id, j.operation, j.status, j.error_code, CASE WHEN length(j.input_data) <= ?5 THEN j.input_data END,
+			j.runner_config, j.security_context, j.resource_usage, coalesce(r.triggered_by, j.triggered_by), j.created_at, r.snapshot, r.entity, r.action
+		FROM jobs.tb_job_run j LEFT JOIN jobs.tb_workflow_run r ON r.id = j.run_id
+		WHERE (?1 = '' OR j.id < ?1) AND j.service_name = ?2 AND j.status IN ('completed', 'failed') AND (?3 IS NULL OR j.created_at >= ?3) AND `+mine+`
+		ORDER BY j.id DESC LIMIT ?4`, before, f.Service, timeValue(f.Since), limit, store.MaxRecordedInput, tenants)
 }

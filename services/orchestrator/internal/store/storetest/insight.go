@@ -147,7 +147,8 @@ func checkInsight(t *testing.T, st store.Store, of store.JobFilter, now time.Tim
 	require.NoError(t, err)
 	require.Len(t, v, 2)
 	require.Equal(t, store.Violation{
-		JobID: denied.ID, RunID: run.ID, StepPath: denied.StepPath, Service: "sh", Operation: "echo", ExecutionType: "shell",
+		ErrorCode: "POLICY_VIOLATION",
+		JobID:     denied.ID, RunID: run.ID, StepPath: denied.StepPath, Service: "sh", Operation: "echo", ExecutionType: "shell",
 		Rule: "allowed_commands", Attempted: "/bin/rm", Detail: "add it", PolicyDigest: "d", Runner: "shell@b", Subject: "ann",
 		TenantID: tenant, OccurredAt: denied.CompletedAt,
 	}, *v[0])

@@ -110,6 +110,7 @@ func Run(t *testing.T, open func(*testing.T) store.Store, options ...Option) {
 		{"ConcurrentAdoption", s.testConcurrentAdoption},
 		{"Alerts", testAlerts},
 		{"WindowFigures", testWindowFigures},
+		{"Denials", testDenials},
 		{"Listen", s.testListen},
 		{"ListenEnds", testListenEnds},
 		{"Insight", testInsight},
