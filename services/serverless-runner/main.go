@@ -38,5 +38,5 @@ func build(_ context.Context, env *runner.Env) (runner.JobRunner, error) {
 			return nil, fmt.Errorf("--price-table: %w", err)
 		}
 	}
-	return serverlessrunner.New(serverlessrunner.Options{Ceiling: ceiling, Prices: prices, Logger: env.Logger, Isolation: hold(), RequireIsolation: required})
+	return serverlessrunner.New(serverlessrunner.Options{Ceiling: ceiling, Prices: prices, Logger: env.Logger, Isolation: []runner.Feature{runner.HideProcess()}, RequireIsolation: required})
 }

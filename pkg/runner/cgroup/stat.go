@@ -20,18 +20,22 @@ func (g *Group) Stat() (Usage, error) {
 	return g.statV2()
 }
 
-// ProcessLimitHits is how often a new process was refused for the limit on processes. Read it
-// before Kill, which makes refusals of its own. Zero where the kernel does not count.
+// ProcessLimitHits is how often a new process was refused for the limit on processes, in this
+// group or the largest figure of one below it. Read it before Kill, which makes refusals of its
+// own. Zero where the kernel does not count.
 func (g *Group) ProcessLimitHits() int {
 	path := g.dirOf("pids")
 	if path == "" {
 		return 0
 	}
-	kv, err := readKeys(filepath.Join(path, "pids.events"))
-	if err != nil {
-		return 0
-	}
-	return count(kv["max"])
+	hits := 0
+	_ = eachGroup(path, func(path string) error { // v1 counts by the group in which it happened
+		if kv, err := readKeys(filepath.Join(path, "pids.events")); err == nil {
+			hits = max(hits, count(kv["max"]))
+		}
+		return nil
+	})
+	return hits
 }
 
 func (g *Group) statV1() (Usage, error) {

@@ -135,6 +135,8 @@ func (c *Config) check(denied deniedPaths) []runner.Problem {
 	}
 	if c.WorkingDir != "" && !containerPath(c.WorkingDir) {
 		add("working_dir", "write an absolute path", "%q is not an absolute path in the container", clip(c.WorkingDir))
+	} else if kernelTarget(c.WorkingDir) {
+		add("working_dir", "work elsewhere", "%s", kernelTargetText)
 	}
 	if strings.ContainsAny(c.User, "\x00\n") || len(c.User) > 256 {
 		add("user", "write user, uid, user:group or uid:gid", "not a user")
@@ -164,7 +166,8 @@ func (c *Config) check(denied deniedPaths) []runner.Problem {
 			}
 		}
 	}
-	taken := map[string]string{outputMount: "the runner's output directory"}
+	const ours = "the runner's output directory"
+	taken := map[string]string{outputMount: ours}
 	take := func(at, target string) {
 		switch {
 		case !containerPath(target):
@@ -200,6 +203,18 @@ func (c *Config) check(denied deniedPaths) []runner.Problem {
 			continue
 		}
 		take(at, t.target)
+	}
+	for target, at := range taken {
+		if at == ours {
+			continue // nothing holds it: what lies above is refused
+		}
+		for _, v := range c.Volumes {
+			// The engine makes the place of a mount where it is not there: on the host, in this case,
+			// and what a container puts in its way is on the host, too.
+			if outer := path.Clean(v.ContainerPath); v.Mode == "rw" && outer != target && within(target, outer) {
+				add(at, "mount it elsewhere", "%q lies in the writable volume %q", clip(target), clip(outer))
+			}
+		}
 	}
 	slices.SortStableFunc(found, func(a, b runner.Problem) int { return strings.Compare(a.Path, b.Path) })
 	return found
@@ -246,6 +261,15 @@ func systemTarget(p string) bool {
 	}
 	return slices.ContainsFunc([]string{"/proc", "/sys", "/dev"}, func(s string) bool { return within(p, s) && p != "/dev/shm" })
 }
+
+// kernelTarget says whether p leads to the kernel's files. A runtime that does not close all of
+// its own descriptors gives the host's files to whoever works in /proc/self/fd.
+func kernelTarget(p string) bool {
+	p = path.Clean("/" + p)
+	return within(p, "/proc") || within(p, "/sys") || within(p, "/dev/fd")
+}
+
+const kernelTargetText = "a directory of the kernel's is not to be worked in"
 
 // within says whether p is dir or below it. Both are clean.
 func within(p, dir string) bool {

@@ -22,9 +22,30 @@ const (
 	maxInputVariable = 100 << 10
 	// defaultOutputQuota bounds /specql where it is a mount of the runner's, in bytes.
 	defaultOutputQuota = 16 << 20
+	// oomScore has the kernel end containers before the host's own services where the host's
+	// memory is full.
+	oomScore = 500
+	// mostProcesses is more than a job has use for, and less than kernels take for none at all.
+	mostProcesses = 1 << 20
 	// minTmpfs is the least that an in-memory directory gets, in bytes.
 	minTmpfs = 1 << 20
 )
+
+// What is hidden and what is read-only of the kernel's files, as current engines have it: older
+// ones leave some of it open.
+var (
+	maskedPaths = []string{
+		"/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug",
+		"/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/devices/virtual/powercap", "/sys/firmware",
+	}
+	readonlyPaths = []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"}
+)
+
+// bytesOf gives MiB as bytes; what is absurdly many stays a number.
+func bytesOf(mb float64) int64 {
+	const most = 1 << 30
+	return int64(min(mb, most) * mebibyte)
+}
 
 // environment is the whole environment besides what the image brings: nothing of the
 // runner's own gets in.
@@ -74,7 +95,15 @@ func (a *attempt) spec(ctx context.Context, e *engine, img image, mounts []hostM
 	if len(args)+len(a.cfg.Entrypoint) == 0 && !img.runs {
 		return client.ContainerCreateOptions{}, fault.New(fault.Validation, "the image %s names no program; give runner_config.command", a.name)
 	}
+	dir := a.cfg.WorkingDir
+	if dir == "" {
+		dir = img.workingDir
+	}
+	if kernelTarget(dir) {
+		return client.ContainerCreateOptions{}, fault.New(fault.Validation, "the image %s works in %q, and %s; set runner_config.working_dir", a.name, clip(dir), kernelTargetText)
+	}
 	deadline, _ := ctx.Deadline()
+	a.labels = a.r.owner.labels(a.job.ID, deadline)
 	cfg := &container.Config{
 		Hostname:     "job",
 		User:         a.cfg.User,
@@ -89,7 +118,7 @@ func (a *attempt) spec(ctx context.Context, e *engine, img image, mounts []hostM
 		Image:        img.id,
 		WorkingDir:   a.cfg.WorkingDir,
 		Healthcheck:  &container.HealthConfig{Test: []string{"NONE"}},
-		Labels:       a.r.owner.labels(a.job.ID, deadline),
+		Labels:       a.labels,
 	}
 	host := &container.HostConfig{
 		LogConfig:      container.LogConfig{Type: "none"}, // the attached stream is all there is
@@ -101,10 +130,16 @@ func (a *attempt) spec(ctx context.Context, e *engine, img image, mounts []hostM
 		CgroupnsMode:   container.CgroupnsModePrivate,
 		IpcMode:        container.IPCModePrivate,
 		ShmSize:        defaultTmpfs,
+		MaskedPaths:    maskedPaths,
+		ReadonlyPaths:  readonlyPaths,
+		OomScoreAdj:    oomScore,
 		Init:           new(true), // ends orphans, and lets signals have their usual effect
 	}
 	if a.group != nil {
 		host.CgroupParent = a.group.DockerParent()
+	}
+	if a.limits.DiskMB > 0 {
+		host.ShmSize = min(host.ShmSize, bytesOf(a.limits.DiskMB))
 	}
 	a.limit(&host.Resources, e)
 	host.Mounts = a.mounts(mounts)
@@ -112,18 +147,18 @@ func (a *attempt) spec(ctx context.Context, e *engine, img image, mounts []hostM
 		return client.ContainerCreateOptions{}, err
 	}
 	if !a.cfg.readOnly() && a.limits.DiskMB > 0 && !a.r.storageMissing.Load() {
-		host.StorageOpt = map[string]string{"size": strconv.FormatInt(int64(a.limits.DiskMB*mebibyte), 10)}
+		host.StorageOpt = map[string]string{"size": strconv.FormatInt(bytesOf(a.limits.DiskMB), 10)}
 	}
-	return client.ContainerCreateOptions{Name: "specql-" + randomName(), Config: cfg, HostConfig: host}, nil
+	return client.ContainerCreateOptions{Name: containerPrefix + randomName(), Config: cfg, HostConfig: host}, nil
 }
 
 func (a *attempt) limit(r *container.Resources, e *engine) {
 	l := a.limits
-	r.PidsLimit = new(l.Processes + 1) // the init process counts as well
+	r.PidsLimit = new(min(l.Processes, mostProcesses) + 1) // the init process counts as well
 	r.OomKillDisable = new(false)
 	r.Ulimits = []*container.Ulimit{{Name: "core"}}
 	if l.MemoryMB > 0 {
-		r.Memory = int64(l.MemoryMB * mebibyte)
+		r.Memory = bytesOf(l.MemoryMB)
 		r.MemorySwap = r.Memory // no swap beyond it
 	}
 	if cores := l.CPUCores; cores > 0 {
@@ -133,7 +168,7 @@ func (a *attempt) limit(r *container.Resources, e *engine) {
 		r.NanoCPUs = int64(cores * 1e9)
 	}
 	if l.DiskMB > 0 {
-		size := int64(l.DiskMB * mebibyte)
+		size := bytesOf(l.DiskMB)
 		r.Ulimits = append(r.Ulimits, &container.Ulimit{Name: "fsize", Soft: size, Hard: size})
 	}
 }
@@ -147,7 +182,7 @@ func (a *attempt) mounts(volumes []hostMount) []mount.Mount {
 		})
 	}
 	if a.output.volume {
-		return append(all, mount.Mount{Type: mount.TypeVolume, Target: outputMount, VolumeOptions: &mount.VolumeOptions{NoCopy: true, Labels: map[string]string{labelRunner: a.r.owner.instance}}})
+		return append(all, mount.Mount{Type: mount.TypeVolume, Target: outputMount, VolumeOptions: &mount.VolumeOptions{NoCopy: true, Labels: a.labels}})
 	}
 	return append(all, mount.Mount{
 		Type: mount.TypeBind, Source: a.output.dir.path, Target: outputMount,
@@ -170,6 +205,9 @@ func (a *attempt) tmpfs(img image, volumes []hostMount) (map[string]string, erro
 		}
 		list, taken[path.Clean(t.target)] = append(list, t), true
 	}
+	if err := a.imageVolumes(img, volumes); err != nil {
+		return nil, err
+	}
 	extra := slices.Clone(img.volumes)
 	if a.cfg.readOnly() {
 		extra = append(extra, "/tmp")
@@ -177,12 +215,12 @@ func (a *attempt) tmpfs(img image, volumes []hostMount) (map[string]string, erro
 	slices.Sort(extra)
 	for _, target := range extra {
 		target = path.Clean(target)
-		if taken[target] || !containerPath(target) || systemTarget(target) {
+		if taken[target] {
 			continue
 		}
 		list, taken[target] = append(list, tmpfs{target: target, bytes: defaultTmpfs}), true
 	}
-	budget := int64(a.limits.DiskMB * mebibyte)
+	budget := bytesOf(a.limits.DiskMB)
 	mounts := make(map[string]string, len(list))
 	for i, t := range list {
 		if budget > 0 {
@@ -203,4 +241,45 @@ func (a *attempt) tmpfs(img image, volumes []hostMount) (map[string]string, erro
 		mounts[path.Clean(t.target)] = options
 	}
 	return mounts, nil
+}
+
+// imageVolumes refuses what an image declares as volumes where no bounded directory can take
+// their place: the engine would make unbounded ones on the host.
+func (a *attempt) imageVolumes(img image, volumes []hostMount) error {
+	if len(img.volumes) > maxVolumes {
+		return fault.New(fault.Validation, "the image %s declares %d volumes, more than %d", a.name, len(img.volumes), maxVolumes)
+	}
+	for _, target := range img.volumes {
+		clean := path.Clean(target)
+		if clean == outputMount {
+			continue
+		}
+		if !containerPath(target) || systemTarget(clean) {
+			return fault.New(fault.Validation, "the image %s declares a volume at %q, which is not to be covered; build it without", a.name, clip(target))
+		}
+		for _, v := range volumes {
+			if !v.readOnly && clean != v.target && within(clean, v.target) {
+				return fault.New(fault.Validation, "the image %s declares a volume at %q, in the writable volume %s; mount that elsewhere", a.name, clip(target), clip(v.target))
+			}
+		}
+	}
+	return nil
+}
+
+// verifyMounts looks whether the engine mounts something that nobody asked for: a link in an
+// image can lead one of its volumes past what takes its place.
+func (a *attempt) verifyMounts(ctx context.Context, id string, img image) error {
+	if len(img.volumes) == 0 {
+		return nil
+	}
+	found, err := a.r.client.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
+	if err != nil {
+		return engineFault(err, "look at the container")
+	}
+	for _, m := range found.Container.Mounts {
+		if m.Type == mount.TypeVolume && !(a.output.volume && m.Destination == outputMount) {
+			return fault.New(fault.Validation, "the engine would give the image %s an unbounded volume at %q; build it without", a.name, clip(m.Destination))
+		}
+	}
+	return nil
 }

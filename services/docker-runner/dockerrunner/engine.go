@@ -20,6 +20,7 @@ import (
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/runner/cgroup"
+	"github.com/specql/mesh/services/docker-runner/dockerrunner/imagebuild"
 )
 
 // engine is what is known of the engine.
@@ -120,7 +121,7 @@ func (r *Runner) probeFiles(ctx context.Context, imageID string) (shared, quota 
 		return false, false, fmt.Errorf("write probe: %w", err)
 	}
 	created, err := r.create(ctx, client.ContainerCreateOptions{
-		Name:   "specql-" + name,
+		Name:   containerPrefix + name,
 		Config: &container.Config{Image: imageID, Cmd: []string{"probe"}, Labels: r.owner.labels("probe", time.Now().Add(time.Minute))},
 		HostConfig: &container.HostConfig{
 			NetworkMode: networkNone,
@@ -143,49 +144,138 @@ func (r *Runner) probeFiles(ctx context.Context, imageID string) (shared, quota 
 	return err == nil, err == nil && dir.mounted, nil
 }
 
-// features are what Describe tells. It must be quick, so the engine gets little time.
-func (r *Runner) features(ctx context.Context) []runner.Feature {
-	always := []runner.Feature{
-		{Name: "capabilities_dropped", Available: true},
-		{Name: "no_new_privileges", Available: true},
-		{Name: "private_namespaces", Available: true},
-		{Name: "read_only_root", Available: true},
-	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	engineFeature := runner.Feature{Name: "docker_engine", Available: true}
+// refresh asks the engine about itself anew, now and then: one that was started again may hold
+// its containers in another way.
+func (r *Runner) refresh(ctx context.Context) {
 	e := r.engine.Load()
+	if e == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	info, err := r.client.Info(ctx, client.InfoOptions{})
+	if err != nil {
+		return // jobs will tell
+	}
+	now := &engine{info: info.Info, shared: e.shared, quota: e.quota}
+	if e.seccomp() && !now.seccomp() {
+		r.log.Warn("the engine runs containers without its seccomp profile")
+	}
+	r.engine.Store(now)
+}
+
+// require finds out whether the engine has the features that the operator insists on.
+func (r *Runner) require(ctx context.Context, host string) error {
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
 	if err := r.Ping(ctx); err != nil {
-		engineFeature.Available, engineFeature.Detail = false, fault.From(err).Message
-		return append([]runner.Feature{engineFeature}, always...)
+		return fmt.Errorf("--require-isolation: %w", err)
 	}
-	known := e != nil
-	if !known {
-		info, err := r.client.Info(ctx, client.InfoOptions{})
-		if err != nil {
-			engineFeature.Available, engineFeature.Detail = false, engineFault(err, "ask the Docker engine about itself").Message
-			return append([]runner.Feature{engineFeature}, always...)
+	// An image of nothing, to make a container of that is never started.
+	tag := "specql-probe:" + randomName()
+	if err := imagebuild.FromBinary(ctx, host, tag, map[string][]byte{"/probe": nil}, nil); err != nil {
+		return fmt.Errorf("--require-isolation: %w", err)
+	}
+	defer func() {
+		if err := imagebuild.Remove(context.WithoutCancel(ctx), host, tag); err != nil {
+			r.log.Warn("remove the image of the probe", slogError(err))
 		}
-		e = &engine{info: info.Info, shared: strings.HasPrefix(r.client.DaemonHost(), "unix://")}
+	}()
+	e, err := r.inspectEngine(ctx, tag)
+	if err != nil {
+		return fmt.Errorf("--require-isolation: %w", err)
 	}
-	features := append([]runner.Feature{engineFeature}, always...)
-	seccomp := runner.Feature{Name: "seccomp", Available: e.seccomp()}
-	if !seccomp.Available {
-		seccomp.Detail = "the engine was built or started without its default profile"
+	return runner.Require(r.known(e), r.required)
+}
+
+// stillHeld refuses to run a job once the engine has lost what the operator insists on.
+func (r *Runner) stillHeld(e *engine) error {
+	if len(r.required) == 0 {
+		return nil
+	}
+	if err := runner.Require(r.known(e), r.required); err != nil {
+		return fault.New(fault.Unavailable, "%v", err)
+	}
+	return nil
+}
+
+// held are the features that an engine gives each container, and those of this process.
+func (r *Runner) held(e *engine) []runner.Feature {
+	feature := func(name string, available bool, missing string) runner.Feature {
+		if available {
+			missing = ""
+		}
+		return runner.Feature{Name: name, Available: available, Detail: missing}
+	}
+	others := r.route.who()
+	return append([]runner.Feature{
+		feature("private_socket", others == "", others),
+		feature("seccomp", e.seccomp(), "the engine was built or started without its default profile"),
+		feature("mandatory_access_control", e.security("apparmor") != "" || e.security("selinux") != "", "the engine has neither AppArmor nor SELinux"),
+		feature("user_namespace", e.security("userns") != "" || e.security("rootless") != "", "root in a container is root of the host's, without its capabilities; start the engine with userns-remap, or rootless"),
+		feature("processes_limit", e.info.PidsLimit, "the engine's host has no control group for it"),
+	}, r.isolation...)
+}
+
+// known are all features of an engine that was looked at closely.
+func (r *Runner) known(e *engine) []runner.Feature {
+	features := []runner.Feature{{Name: "docker_engine", Available: true}}
+	features = append(features, always...)
+	features = append(features, r.held(e)...)
+	for _, limit := range []struct {
+		name string
+		held bool
+	}{{"memory_limit", e.info.MemoryLimit}, {"cpu_limit", e.info.CPUCfsQuota}} {
+		f := runner.Feature{Name: limit.name, Available: limit.held}
+		if !f.Available {
+			f.Detail = "the engine's host has no control group for it"
+		}
+		features = append(features, f)
 	}
 	groups := runner.Feature{Name: "cgroup"}
 	if groups.Available, groups.Detail = e.cgroups(); groups.Available && r.cgroupsMissing.Load() {
 		groups.Available, groups.Detail = false, "the engine keeps its control groups elsewhere; the stats API measures instead"
 	}
-	features = append(features, seccomp, groups)
-	if known {
-		quota := runner.Feature{Name: "output_quota", Available: e.quota}
-		if !e.quota {
-			quota.Detail = "the runner cannot mount a bounded directory for " + outputMount + " that the engine sees; it takes root and the engine's own mount namespace"
+	features = append(features, groups)
+	for _, name := range []string{"output_quota", "held_volumes"} {
+		f := runner.Feature{Name: name, Available: e.quota}
+		if !f.Available {
+			f.Detail = "the runner cannot mount what the engine sees; it takes root and the engine's own mount namespace"
 		}
-		features = append(features, quota)
+		features = append(features, f)
 	}
 	return features
+}
+
+// always are the features of every container.
+var always = []runner.Feature{
+	{Name: "capabilities_dropped", Available: true},
+	{Name: "no_new_privileges", Available: true},
+	{Name: "private_namespaces", Available: true},
+	{Name: "read_only_root", Available: true},
+}
+
+// features are what Describe tells. It must be quick, so the engine gets little time. What only
+// a job finds out is not told before there was one.
+func (r *Runner) features(ctx context.Context) []runner.Feature {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	away := func(err error) []runner.Feature {
+		features := []runner.Feature{{Name: "docker_engine", Detail: fault.From(err).Message}}
+		return append(append(features, always...), r.isolation...)
+	}
+	if err := r.Ping(ctx); err != nil {
+		return away(err)
+	}
+	if e := r.engine.Load(); e != nil {
+		return r.known(e)
+	}
+	info, err := r.client.Info(ctx, client.InfoOptions{})
+	if err != nil {
+		return away(engineFault(err, "ask the Docker engine about itself"))
+	}
+	features := r.known(&engine{info: info.Info, shared: r.route.socket != ""})
+	return slices.DeleteFunc(features, func(f runner.Feature) bool { return f.Name == "output_quota" || f.Name == "held_volumes" })
 }
 
 // create makes a container. It is not given up half-way, which could leave one behind.

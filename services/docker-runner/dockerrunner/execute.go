@@ -45,6 +45,7 @@ type attempt struct {
 
 	group  *cgroup.Group
 	held   []string // mount points of the volumes
+	labels map[string]string
 	output outputPlace
 	meter  meter
 
@@ -57,7 +58,7 @@ type attempt struct {
 // Execute implements [runner.JobRunner].
 func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink) (*runner.Result, error) {
 	began := time.Now()
-	a := &attempt{r: r, job: job, sink: sink, checks: &runner.Checks{}, input: job.Input}
+	a := &attempt{r: r, job: job, sink: sink, checks: &runner.Checks{}, input: job.Input, meter: meter{oom: make(chan struct{})}}
 	if len(bytes.TrimSpace(a.input)) == 0 {
 		a.input = json.RawMessage("{}")
 	}
@@ -160,7 +161,7 @@ func at(place string, err error) error {
 // bound holds the job to the policies' time, and to the service's where the job brings none.
 func (a *attempt) bound(ctx context.Context) (context.Context, context.CancelFunc) {
 	limit, what := a.limits.timeout(), "resource_limits.timeout_seconds"
-	if own := time.Duration(a.cfg.Timeout * float64(time.Second)); own > 0 && a.job.Timeout == 0 && (limit == 0 || own < limit) {
+	if own := seconds(a.cfg.Timeout); own > 0 && a.job.Timeout == 0 && (limit == 0 || own < limit) {
 		limit, what = own, "runner_config.timeout"
 	}
 	if limit <= 0 {
@@ -170,6 +171,9 @@ func (a *attempt) bound(ctx context.Context) (context.Context, context.CancelFun
 }
 
 func (a *attempt) runBounded(ctx context.Context) (json.RawMessage, error) {
+	if err := a.r.allowed(); err != nil {
+		return nil, err
+	}
 	img, err := a.r.resolveImage(ctx, a.name, &a.cfg, a.sink)
 	if err != nil {
 		return nil, err
@@ -179,6 +183,12 @@ func (a *attempt) runBounded(ctx context.Context) (json.RawMessage, error) {
 	}
 	e, err := a.r.inspectEngine(ctx, img.id)
 	if err != nil {
+		return nil, err
+	}
+	if err := a.r.stillHeld(e); err != nil {
+		return nil, err
+	}
+	if err := a.policies.enforceable(e); err != nil {
 		return nil, err
 	}
 	a.policies.denied = a.r.denied() // the engine's own directory is known now
@@ -207,7 +217,7 @@ func (a *attempt) runBounded(ctx context.Context) (json.RawMessage, error) {
 	}
 	a.imageID = img.id
 	a.isolate(e)
-	return a.runContainer(ctx, id)
+	return a.runContainer(ctx, id, img)
 }
 
 // resolveNetwork finds the network that a name stands for, and runs on that very one.
@@ -243,7 +253,7 @@ func (a *attempt) acquire(e *engine, mounts []hostMount) error {
 	if a.output.volume = !e.quota; e.quota {
 		quota := int64(defaultOutputQuota)
 		if a.limits.DiskMB > 0 {
-			quota = min(quota, int64(a.limits.DiskMB*mebibyte))
+			quota = min(quota, bytesOf(a.limits.DiskMB))
 		}
 		var err error
 		if a.output.dir, err = a.r.state.newDir(quota); err != nil {
@@ -279,6 +289,9 @@ func (a *attempt) hold(mounts []hostMount) error {
 			return fault.Wrap(err, fault.Unavailable, "the runner cannot hold the volume %s: %v", clip(m.source), err)
 		}
 		a.held = append(a.held, place)
+		if err := a.policies.mountsIn(place, m.source); err != nil {
+			return err
+		}
 		m.source = place
 	}
 	return nil
@@ -325,24 +338,26 @@ func (a *attempt) createContainer(ctx context.Context, spec client.ContainerCrea
 
 // isolate notes what holds the container.
 func (a *attempt) isolate(e *engine) {
-	a.isolation = []string{"container", "capabilities_dropped", "no_new_privileges", "private_namespaces", "processes_limit"}
+	a.isolation = []string{"container", "capabilities_dropped", "no_new_privileges", "private_namespaces"}
 	add := func(name string, held bool) {
 		if held {
 			a.isolation = append(a.isolation, name)
 		}
 	}
-	add("seccomp", e.seccomp())
-	add("user_namespace", e.security("userns") != "" || e.security("rootless") != "")
+	for _, f := range a.r.held(e) {
+		add(f.Name, f.Available)
+	}
 	add("read_only_root", a.cfg.readOnly())
 	add("no_network", a.network == networkNone)
 	add("memory_limit", a.limits.MemoryMB > 0)
 	add("cpu_limit", a.limits.CPUCores > 0)
 	add("disk_limit", a.limits.DiskMB > 0 && !a.output.volume && (a.cfg.readOnly() || !a.r.storageMissing.Load()))
 	add("cgroup", a.group != nil)
+	add("held_volumes", len(a.held) > 0)
 }
 
 // runContainer runs a container that was made, to its end, and removes it.
-func (a *attempt) runContainer(ctx context.Context, id string) (_ json.RawMessage, err error) {
+func (a *attempt) runContainer(ctx context.Context, id string, img image) (_ json.RawMessage, err error) {
 	removed := false
 	remove := func() error {
 		if removed {
@@ -359,6 +374,9 @@ func (a *attempt) runContainer(ctx context.Context, id string) (_ json.RawMessag
 			err = failed
 		}
 	}()
+	if err := a.verifyMounts(ctx, id, img); err != nil {
+		return nil, err
+	}
 	if err := a.output.prime(ctx, a.r.client, id); err != nil {
 		return nil, err
 	}
@@ -419,7 +437,10 @@ func (a *attempt) follow(ctx context.Context, id string, stdout *head, stderr *t
 	sampled := a.sample(detached, cli, id)
 
 	var failed error
+	over := false
 	select {
+	case <-a.meter.oom:
+		over = true
 	case <-ctx.Done():
 		failed = context.Cause(ctx)
 	case <-stdout.full:
@@ -427,12 +448,14 @@ func (a *attempt) follow(ctx context.Context, id string, stdout *head, stderr *t
 	case end := <-ended:
 		ended <- end
 	}
-	if failed != nil {
-		if _, err := cli.ContainerKill(detached, id, client.ContainerKillOptions{Signal: "KILL"}); err != nil {
+	if over = over || failed != nil; over {
+		quick, cancel := context.WithTimeout(detached, engineTimeout)
+		defer cancel()
+		if _, err := cli.ContainerKill(quick, id, client.ContainerKillOptions{Signal: "KILL"}); err != nil {
 			a.r.log.Debug("kill a container", slogError(err)) // it may have ended; its removal kills it as well
 		}
 	}
-	state, err := a.end(detached, id, ended, failed != nil)
+	state, err := a.end(detached, id, ended, over)
 	if failed == nil && err != nil {
 		failed = err
 	}
@@ -583,6 +606,10 @@ func (a *attempt) verdict(state *container.State, stderr *tail) error {
 	if state.ExitCode == 0 {
 		return nil
 	}
+	if a.meter.refusedProcesses() {
+		return fault.New(fault.ResourceExceeded, "the container needed more processes than its limit of %d, and exited with status %d: %s; raise resource_limits.processes",
+			a.limits.Processes, state.ExitCode, strings.TrimSpace(stderr.last(errorTail)))
+	}
 	text := fmt.Sprintf("the container exited with status %d", state.ExitCode)
 	if signal := state.ExitCode - 128; signal > 0 && signal < 65 {
 		text += fmt.Sprintf(" (signal %d)", signal)
@@ -600,7 +627,7 @@ func startFault(err error) error {
 	if strings.Contains(text, "docker-init") {
 		return fault.Wrap(err, fault.Unavailable, "the container cannot start: the engine has no docker-init; install it on the engine's host (package docker-init or tini)")
 	}
-	for _, wrong := range []string{"executable file not found", "no such file or directory", "permission denied", "unable to find user", "no matching entries", "exec format error", "is a directory", "not a directory", "argument list too long"} {
+	for _, wrong := range []string{"executable file not found", "cannot be mounted", "no such file or directory", "permission denied", "unable to find user", "no matching entries", "exec format error", "is a directory", "not a directory", "argument list too long"} {
 		if strings.Contains(text, wrong) && f.Code != fault.Unavailable {
 			return fault.Wrap(err, fault.Validation, "the container cannot start: %s; check the image, command, working_dir and user", clip(text))
 		}

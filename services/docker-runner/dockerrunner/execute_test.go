@@ -356,7 +356,7 @@ func TestWhatWasCheckedIsWhatIsMounted(t *testing.T) {
 	require.NoError(t, err)
 	defer closeMounts(mounts)
 	require.NoError(t, exchange())
-	a := &attempt{r: shared.runner}
+	a := &attempt{r: shared.runner, policies: p}
 	defer a.release()
 	require.NoError(t, a.hold(mounts))
 	entries, err := os.ReadDir(mounts[0].source)

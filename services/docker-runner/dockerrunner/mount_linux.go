@@ -66,13 +66,16 @@ func bind(f *os.File, place string, readOnly bool) error {
 	if err := unix.Mount("", place, "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("mount %s: %w", place, err)
 	}
+	// No file of a volume makes a program its owner's, and no device works. The engine mounts a
+	// read-only volume anew, many of them without what is mounted below it, and some cannot keep
+	// more than that it is read-only.
+	attributes := uint64(unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV)
 	if readOnly {
-		// The engine makes the mount read-only, many of them without what is mounted below it.
-		// Kernels before 5.12 cannot do this; there it is as the engine does it.
-		err := unix.MountSetattr(unix.AT_FDCWD, place, unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
-		if err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) {
-			return fmt.Errorf("make %s read-only: %w", place, err)
-		}
+		attributes = unix.MOUNT_ATTR_RDONLY
+	}
+	// Kernels before 5.12 cannot do this; there it is as the engine does it.
+	if err := unix.MountSetattr(unix.AT_FDCWD, place, unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: attributes}); err != nil && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("restrict %s: %w", place, err)
 	}
 	return nil
 }

@@ -8,10 +8,12 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	cerrdefs "github.com/containerd/errdefs"
 	"github.com/moby/moby/client"
 
 	"github.com/specql/mesh/pkg/runner/cgroup"
@@ -54,9 +56,10 @@ func newOwner() (owner, error) {
 	return owner{instance: randomName(), host: host, process: strconv.Itoa(os.Getpid()) + "/" + started}, nil
 }
 
-// labels of a container. The zero time means that the job has no end.
+// labels of a container. The zero time means that the job has no end. All of them are always
+// there: what is missing, an image could bring.
 func (o owner) labels(job string, deadline time.Time) map[string]string {
-	labels := map[string]string{labelRunner: o.instance, labelJob: clip(job), labelHost: o.host, labelProcess: o.process}
+	labels := map[string]string{labelRunner: o.instance, labelJob: clip(job), labelHost: o.host, labelProcess: o.process, labelExpires: ""}
 	if !deadline.IsZero() {
 		labels[labelExpires] = strconv.FormatInt(deadline.Add(expiryGrace).Unix(), 10)
 	}
@@ -94,6 +97,9 @@ func (o owner) processGone(host, process string) bool {
 
 func randomName() string { return strings.ToLower(rand.Text()[:16]) }
 
+// containerPrefix begins the names of containers.
+const containerPrefix = "specql-"
+
 // groupParent names the runner's control groups.
 const groupParent = "docker"
 
@@ -111,6 +117,7 @@ func (r *Runner) sweepForever(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
+		r.refresh(ctx)
 	}
 }
 
@@ -119,10 +126,37 @@ func (r *Runner) sweepForever(ctx context.Context) {
 func (r *Runner) Sweep(ctx context.Context) (int, error) {
 	// Files and groups first: they need no engine. Containers keep theirs busy, so what is
 	// left of those goes with the next sweep.
+	if err := r.allowed(); err != nil {
+		return 0, err
+	}
 	removed, err := r.sweepContainers(ctx)
 	groups, groupErr := cgroup.RemoveLeftovers(groupParent)
 	dirs, dirErr := r.state.sweep()
-	return removed + groups + dirs, errors.Join(err, groupErr, dirErr)
+	volumes, volumeErr := r.sweepVolumes(ctx)
+	return removed + groups + dirs + volumes, errors.Join(err, groupErr, dirErr, volumeErr)
+}
+
+// sweepVolumes removes the volumes of containers that somebody else has removed.
+func (r *Runner) sweepVolumes(ctx context.Context) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	list, err := r.client.VolumeList(ctx, client.VolumeListOptions{Filters: make(client.Filters).Add("label", labelRunner).Add("dangling", "true")})
+	if err != nil {
+		return 0, engineFault(err, "list volumes")
+	}
+	removed := 0
+	var errs []error
+	for _, v := range list.Items {
+		if !r.owner.dead(v.Labels, time.Now()) {
+			continue
+		}
+		if _, err := r.client.VolumeRemove(ctx, v.Name, client.VolumeRemoveOptions{}); err != nil && !cerrdefs.IsNotFound(err) {
+			errs = append(errs, engineFault(err, "remove a volume"))
+			continue
+		}
+		removed++
+	}
+	return removed, errors.Join(errs...)
 }
 
 func (r *Runner) sweepContainers(ctx context.Context) (int, error) {
@@ -138,7 +172,9 @@ func (r *Runner) sweepContainers(ctx context.Context) (int, error) {
 		if ctx.Err() != nil {
 			break
 		}
-		if !r.owner.dead(c.Labels, time.Now()) {
+		// Labels may come from an image that somebody else runs, names do not.
+		ours := slices.ContainsFunc(c.Names, func(name string) bool { return strings.HasPrefix(name, "/"+containerPrefix) })
+		if !ours || !r.owner.dead(c.Labels, time.Now()) {
 			continue
 		}
 		if err := r.removeContainer(ctx, c.ID); err != nil {

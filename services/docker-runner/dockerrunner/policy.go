@@ -5,6 +5,7 @@ import (
 	"path"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -59,15 +60,17 @@ func (p *policies) digest() string {
 
 // imageName checks by name alone, before anything is pulled.
 func (p *policies) imageName(n imageName) error {
-	return p.image(n, func(pattern imagePattern) bool { return pattern.mayMatch(n) }, false)
+	return p.image(n, "", func(pattern imagePattern) bool { return pattern.mayMatch(n) })
 }
 
 // imageContent checks what the name stands for.
 func (p *policies) imageContent(n imageName, id string, repoDigests []string) error {
-	return p.image(n, func(pattern imagePattern) bool { return pattern.matches(n, id, repoDigests) }, true)
+	return p.image(n, id, func(pattern imagePattern) bool { return pattern.matches(n, id, repoDigests) })
 }
 
-func (p *policies) image(n imageName, match func(imagePattern) bool, final bool) error {
+// image checks an image by match; id is what it stands for, or empty while that is not known.
+func (p *policies) image(n imageName, id string, match func(imagePattern) bool) error {
+	final := id != ""
 	for _, s := range p.sources {
 		rule := s.prefix + "allowed_images"
 		allowed, pinned := false, false
@@ -93,7 +96,7 @@ func (p *policies) image(n imageName, match func(imagePattern) bool, final bool)
 				return runner.AddTo(ceiling, "allowed_images", n.String())
 			})...)
 		case final:
-			p.checks.Allow(rule, n.String())
+			p.checks.Allow(rule, n.String()+" = "+id)
 		}
 	}
 	return nil
@@ -189,7 +192,42 @@ func smaller[N int64 | float64](a, b N) N {
 }
 
 func (l ResourceLimits) timeout() time.Duration {
-	return time.Duration(l.TimeoutSeconds * float64(time.Second))
+	return seconds(l.TimeoutSeconds)
+}
+
+// seconds gives a duration; what is absurdly long stays one.
+func seconds(s float64) time.Duration {
+	const most = 1e9
+	return time.Duration(min(s, most) * float64(time.Second))
+}
+
+// enforceable refuses limits that the engine would drop with nothing but a warning.
+func (p *policies) enforceable(e *engine) error {
+	for _, s := range p.sources {
+		l := s.policy.ResourceLimits
+		if l == nil {
+			continue
+		}
+		for _, limit := range []struct {
+			name string
+			want float64
+			held bool
+		}{
+			{"cpu_cores", l.CPUCores, e.info.CPUCfsQuota},
+			{"memory_mb", l.MemoryMB, e.info.MemoryLimit},
+			{"processes", float64(l.Processes), e.info.PidsLimit},
+		} {
+			rule, subject := s.prefix+"resource_limits."+limit.name, strconv.FormatFloat(limit.want, 'g', -1, 64)
+			switch {
+			case limit.want <= 0:
+			case !limit.held:
+				return p.checks.Deny(rule, subject, "the engine cannot hold a container to it: its host has no control group for that; use another engine, or take the limit out of "+s.where)
+			default:
+				p.checks.Allow(rule, subject)
+			}
+		}
+	}
+	return nil
 }
 
 var envPattern = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*\*?$|^\*$`)

@@ -8,8 +8,10 @@ package dockerrunner
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path"
 	"slices"
 	"sync"
@@ -40,6 +42,11 @@ type Options struct {
 	// DeniedPaths are directories of this host that no container gets to see, with all that
 	// lies in them, such as the data directory of the mesh.
 	DeniedPaths []string
+	// Isolation is what holds the process itself, besides what holds its containers.
+	Isolation []runner.Feature
+	// RequireIsolation names features without which New fails, and jobs are refused once they
+	// are lost; all for every one. The engine must answer then.
+	RequireIsolation []string
 }
 
 // Runner is a [runner.JobRunner] on a Docker engine. Make it with [New].
@@ -49,6 +56,10 @@ type Runner struct {
 	log     *slog.Logger
 	owner   owner
 	state   *stateDir
+	route   route
+	// isolation is what holds the process itself, required what the operator insists on.
+	isolation []runner.Feature
+	required  []string
 	// private are paths of this runner's own and those of Options.DeniedPaths.
 	private deniedPaths
 
@@ -70,7 +81,8 @@ var _ runner.JobRunner = (*Runner)(nil)
 const sweepInterval = time.Minute
 
 // New makes a runner and begins to look for leftovers of crashed ones. It does not fail when
-// no engine answers: jobs then fail with UNAVAILABLE until one does.
+// no engine answers, unless the operator insists on features: jobs then fail with UNAVAILABLE
+// until one does.
 func New(o Options) (*Runner, error) {
 	opts := []client.Opt{client.FromEnv, client.WithUserAgent("specql-docker-runner")}
 	if o.Host != "" {
@@ -101,13 +113,32 @@ func New(o Options) (*Runner, error) {
 		_ = cli.Close()
 		return nil, err
 	}
-	r := &Runner{client: cli, ceiling: o.Ceiling, log: o.Logger, owner: who, state: newStateDir(o.StateDir, who)}
+	r := &Runner{
+		client: cli, ceiling: o.Ceiling, log: o.Logger, owner: who, state: newStateDir(o.StateDir, who), route: routeTo(cli.DaemonHost()),
+		isolation: o.Isolation, required: o.RequireIsolation,
+	}
 	state, err := newDeniedPaths("it holds the runner's own files", r.state.root)
 	if err != nil {
 		_ = cli.Close()
 		return nil, err
 	}
-	r.private = append(private, state...)
+	engine, err := newDeniedPaths("it gives the container power over the engine", r.route.socket, os.Getenv(client.EnvOverrideCertPath), os.Getenv("DOCKER_CONFIG"))
+	if err != nil {
+		_ = cli.Close()
+		return nil, err
+	}
+	r.private = append(append(private, state...), engine...)
+	if err := r.allowed(); err != nil {
+		r.log.Error("no job will run", slogError(err))
+	} else if others := r.route.who(); others != "" {
+		r.log.Warn("the engine is not this runner's alone", slog.String("reason", others))
+	}
+	if len(r.required) > 0 {
+		if err := r.require(context.Background(), o.Host); err != nil {
+			_ = cli.Close()
+			return nil, errors.Join(err, r.state.remove())
+		}
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	r.stop = cancel
 	r.stopped.Go(func() { r.sweepForever(ctx) })
@@ -127,8 +158,19 @@ func (r *Runner) Close() {
 	releaseGroups(r.log)
 }
 
+// allowed says whether the engine may be used at its address: nil, or an UNAVAILABLE error.
+func (r *Runner) allowed() error {
+	if r.route.refused == "" {
+		return nil
+	}
+	return fault.New(fault.Unavailable, "%s", r.route.refused)
+}
+
 // Ping says whether an engine answers: nil, or an UNAVAILABLE error with the mend.
 func (r *Runner) Ping(ctx context.Context) error {
+	if err := r.allowed(); err != nil {
+		return err
+	}
 	if _, err := r.client.Ping(ctx, client.PingOptions{}); err != nil {
 		f := engineFault(err, "reach the Docker engine")
 		if f.Code != fault.Unavailable {

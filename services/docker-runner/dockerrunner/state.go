@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -44,12 +45,8 @@ func (s *stateDir) prepare() error {
 	if err := os.MkdirAll(s.root, 0o700); err != nil {
 		return fmt.Errorf("state directory: %w", err)
 	}
-	info, err := os.Lstat(s.root)
-	if err != nil {
-		return fmt.Errorf("state directory: %w", err)
-	}
-	if !info.IsDir() || info.Mode().Perm()&0o022 != 0 {
-		return fmt.Errorf("state directory %s must be a directory that only its owner can write", s.root)
+	if err := s.private(); err != nil {
+		return err
 	}
 	if err := os.Mkdir(s.own(), 0o700); err != nil {
 		return fmt.Errorf("state directory: %w", err)
@@ -58,6 +55,20 @@ func (s *stateDir) prepare() error {
 		return fmt.Errorf("state directory: %w", err)
 	}
 	s.made = true
+	return nil
+}
+
+// private says whether the root is a directory that only this user and root can change: what
+// lies in it is handed to containers, and removed.
+func (s *stateDir) private() error {
+	info, err := os.Lstat(s.root)
+	if err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !info.IsDir() || info.Mode().Perm()&0o022 != 0 || ok && !trusted(stat.Uid) {
+		return fmt.Errorf("state directory %s must be a directory of this user's that only its owner can write", s.root)
+	}
 	return nil
 }
 
@@ -181,11 +192,14 @@ func (s *stateDir) sweep() (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read state directory: %w", err)
 	}
+	if err := s.private(); err != nil {
+		return 0, err
+	}
 	removed := 0
 	var errs []error
 	for _, e := range entries {
 		dir := filepath.Join(s.root, e.Name())
-		if e.Name() == s.who.instance || !s.abandoned(dir) {
+		if !e.IsDir() || e.Name() == s.who.instance || !s.abandoned(dir) {
 			continue
 		}
 		if err := removeInstance(dir); err != nil {

@@ -43,6 +43,31 @@ type meter struct {
 	// engine says that the program ended: a later reading is of what was left of it.
 	looks    []look
 	finished time.Time
+	// refused: the kernel refused a process for the limit on processes, as far as it was seen
+	// while the container ran.
+	refused bool
+	// oom is closed once the kernel has ended a process for its memory: what is left of the job
+	// has no result to trust.
+	oom chan struct{}
+}
+
+// told closes m.oom once; m.mu is held.
+func (m *meter) told(kills int) {
+	if kills == 0 || m.oom == nil {
+		return
+	}
+	select {
+	case <-m.oom:
+	default:
+		close(m.oom)
+	}
+}
+
+// refusedProcesses says whether a process was refused for the limit on processes.
+func (m *meter) refusedProcesses() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.refused
 }
 
 // look is one reading of a group's memory, in MiB.
@@ -109,6 +134,8 @@ func (m *meter) usage() (u *runnerv1.ResourceUsage, oomKills int, groupUsed bool
 		if g, err := m.group.Stat(); err == nil && g.CPUSeconds != nil && *g.CPUSeconds > 0 {
 			groupUsed, oomKills = true, g.OOMKills
 			u.Source = "cgroup"
+			m.told(oomKills)
+			m.refused = m.refused || m.group.ProcessLimitHits() > 0
 			if m.ended.IsZero() {
 				m.looks = append(m.looks, look{at: began, memory: g.MemoryMB})
 				if len(m.looks) > maxLooks {

@@ -124,7 +124,12 @@ func TestDescribe(t *testing.T) {
 	require.Len(t, d.Types, 1)
 	require.Zero(t, d.Types[0].DefaultMaxRetries, "a container's work may not bear repeating")
 	for _, f := range d.Isolation {
-		require.True(t, f.Available, "%s: %s", f.Name, f.Detail)
+		switch f.Name {
+		case "mandatory_access_control", "user_namespace", "private_socket": // as the engine was started
+			require.Equal(t, f.Available, f.Detail == "", "what is missing is told: %s", f.Name)
+		default:
+			require.True(t, f.Available, "%s: %s", f.Name, f.Detail)
+		}
 	}
 }
 

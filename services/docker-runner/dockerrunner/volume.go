@@ -21,28 +21,34 @@ type deniedPath struct{ path, why string }
 
 // neverMounted are the parts of a host that give a container power over it, with why.
 // What lies above one of them is refused as well, since it holds it.
-var neverMounted = deniedPaths{
-	{"/proc", "it belongs to the kernel"},
-	{"/sys", "it belongs to the kernel"},
-	{"/dev", "it holds the host's devices"},
-	{"/etc", "it holds the host's accounts and configuration"},
-	{"/boot", "it holds the host's kernel"},
-	{"/run", "it holds the sockets of the host's services"},
-	{"/var/run", "it holds the sockets of the host's services"},
-	{"/var/lib/docker", "it belongs to the engine"},
-	{"/var/lib/containerd", "it belongs to the engine"},
-	{"/var/lib/kubelet", "it belongs to Kubernetes"},
-	{"/var/spool/cron", "it holds the host's timed jobs"},
-	{"/root/.ssh", "it holds keys"},
-	{"/root/.docker", "it holds the engine's credentials"},
-	{"/usr/bin", "it holds the host's programs"},
-	{"/usr/sbin", "it holds the host's programs"},
-	{"/usr/lib", "it holds the host's programs"},
-	{"/bin", "it holds the host's programs"},
-	{"/sbin", "it holds the host's programs"},
-	{"/lib", "it holds the host's programs"},
-	{"/lib64", "it holds the host's programs"},
-}
+var neverMounted = func() deniedPaths {
+	var d deniedPaths
+	for why, names := range map[string][]string{
+		"it belongs to the kernel":                       {"/proc", "/sys"},
+		"it holds the host's devices":                    {"/dev"},
+		"it holds the host's accounts and configuration": {"/etc", "/usr/etc", "/usr/local/etc"},
+		"it holds the host's kernel":                     {"/boot", "/efi"},
+		"it holds the sockets of the host's services":    {"/run", "/var/run"},
+		"it belongs to the engine": {
+			"/var/lib/docker", "/var/lib/containerd", "/var/lib/containers", "/var/lib/buildkit", "/var/lib/cni", "/opt/cni", "/opt/containerd",
+		},
+		"it belongs to Kubernetes":                  {"/var/lib/kubelet", "/var/lib/rancher", "/var/lib/etcd"},
+		"it holds the host's timed jobs":            {"/var/spool/cron", "/var/spool/anacron", "/var/spool/at"},
+		"it holds the state of the host's services": {"/var/lib/systemd", "/var/lib/cloud", "/var/lib/dpkg", "/var/lib/rpm", "/var/lib/apt", "/var/lib/polkit-1", "/var/lib/sudo", "/var/lib/private", "/var/lib/libvirt", "/var/lib/lxc", "/var/lib/lxd", "/var/lib/sss"},
+		"it holds keys":                             {"/root/.ssh"},
+		"it holds the engine's credentials":         {"/root/.docker"},
+		"it holds the host's programs": {
+			"/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/libexec", "/usr/local/bin", "/usr/local/sbin", "/usr/local/lib",
+			"/usr/local/libexec", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/snap", "/var/lib/snapd",
+		},
+	} {
+		for _, name := range names {
+			d = append(d, deniedPath{path: name, why: why})
+		}
+	}
+	slices.SortFunc(d, func(a, b deniedPath) int { return strings.Compare(a.path, b.path) })
+	return d
+}()
 
 // keyDirs are the names of directories with keys, wherever they lie.
 var keyDirs = []string{".ssh", ".gnupg", ".aws", ".azure", ".kube", ".docker"}
@@ -240,6 +246,18 @@ func (p *policies) mountable(m *hostMount, subject string, r reach) error {
 	}
 	if !info.IsDir() && !info.Mode().IsRegular() {
 		return p.checks.Deny("volumes", subject, "only directories and regular files may be mounted")
+	}
+	return p.mountsIn(m.source, subject)
+}
+
+// mountsIn refuses what has a part of the host in it by another mount.
+func (p *policies) mountsIn(place, subject string) error {
+	why, err := p.denied.whyMounted(place)
+	switch {
+	case err != nil:
+		return fault.Wrap(err, fault.Unavailable, "the mounts in %s cannot be looked at: %v", clip(subject), err)
+	case why != "":
+		return p.checks.Deny("volumes", subject, "it must never be mounted: "+why)
 	}
 	return nil
 }

@@ -142,6 +142,10 @@ func run(verb string, args []string) error {
 		}
 		out["hostname"], _ = os.Hostname()
 		return show(out)
+	case "attack":
+		return attack(args)
+	case "endless":
+		return endless(args)
 	case "try":
 		return show(try(args))
 	case "write":
