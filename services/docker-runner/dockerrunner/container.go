@@ -4,11 +4,13 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"os"
 	"path"
 	"slices"
 	"strconv"
 	"strings"
 
+	cerrdefs "github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/mount"
 	"github.com/moby/moby/client"
@@ -263,6 +265,45 @@ func (a *attempt) imageVolumes(img image, volumes []hostMount) error {
 			}
 		}
 	}
+	return nil
+}
+
+// accountFiles are the files of an image that an engine reads itself when it starts a container.
+var accountFiles = []string{"/etc/passwd", "/etc/group"}
+
+// maxAccounts bounds them, in bytes.
+const maxAccounts = 1 << 20
+
+// verifyAccounts refuses an image whose files of accounts are pipes or devices: an engine that
+// opens one waits for ever, and can neither end the container nor remove it any more.
+func (a *attempt) verifyAccounts(ctx context.Context, id string, img image) error {
+	covered := slices.ContainsFunc(a.cfg.Volumes, func(v Volume) bool { return within(path.Clean(v.ContainerPath), "/etc") })
+	if _, known := a.r.vetted.Load(img.id); known && !covered {
+		return nil
+	}
+	for _, name := range accountFiles {
+		const links = 8
+		for at, n := name, 0; ; n++ {
+			found, err := a.r.client.ContainerStatPath(ctx, id, client.ContainerStatPathOptions{Path: at})
+			if cerrdefs.IsNotFound(err) {
+				break
+			}
+			if cerrdefs.IsInternal(err) { // what the engine cannot follow, or mount over
+				return fault.Wrap(err, fault.Validation, "the engine cannot look at %s of the image %s, so that no container of it can start: look for links that lead nowhere, and for files where a directory is mounted", name, a.name)
+			}
+			if err != nil {
+				return engineFault(err, "look at "+name+" of the image")
+			}
+			if stat := found.Stat; stat.Mode&os.ModeSymlink != 0 && n < links && stat.LinkTarget != "" && stat.LinkTarget != at {
+				at = stat.LinkTarget // resolved in the container's root
+				continue
+			} else if !stat.Mode.IsRegular() || stat.Size > maxAccounts {
+				return fault.New(fault.Validation, "%s of the image %s must be a regular file of at most %d bytes; build it with one, or without", name, a.name, maxAccounts)
+			}
+			break
+		}
+	}
+	a.r.vetted.Store(img.id, struct{}{})
 	return nil
 }
 

@@ -377,6 +377,9 @@ func (a *attempt) runContainer(ctx context.Context, id string, img image) (_ jso
 	if err := a.verifyMounts(ctx, id, img); err != nil {
 		return nil, err
 	}
+	if err := a.verifyAccounts(ctx, id, img); err != nil {
+		return nil, err
+	}
 	if err := a.output.prime(ctx, a.r.client, id); err != nil {
 		return nil, err
 	}

@@ -210,6 +210,9 @@ func newArena(t *testing.T) *arena {
 		"runs as its owner":     {entries: []entry{{name: "root", kind: tar.TypeReg, mode: 0o6755, data: shared.binary}}},
 		"devices":               {entries: []entry{{name: "mem", kind: tar.TypeChar, mode: 0o666, device: [2]int64{1, 1}}}},
 		"a shell":               {changes: []string{`ENTRYPOINT ["/bin/sh","-c"]`}},
+		"accounts in a pipe":    {entries: []entry{dir("etc"), {name: "etc/passwd", kind: tar.TypeFifo, mode: 0o644}}},
+		"groups behind a link":  {entries: []entry{dir("etc"), {name: "pipe", kind: tar.TypeFifo, mode: 0o644}, link("etc/group", "../../pipe")}},
+		"accounts in a loop":    {entries: []entry{dir("etc"), link("etc/passwd", "group"), link("etc/group", "passwd")}},
 		"no such user":          {changes: []string{"USER ../../../root:docker"}},
 	} {
 		a.images[name] = hostileImage(t, image.changes, image.entries...)
@@ -296,9 +299,12 @@ func (a *arena) suite() []hostile {
 		inside("fill", "ENOSPC", "/link/x").config("image", image("volume behind a link")),
 		probes("an image whose output is a link to the kernel's files", "VALIDATION", "cannot start", "write", file, `{"a":1}`).config("image", image("output is a link")),
 		probes("an image whose output is a link to the host's files", "", "", "write", file, `{"a":1}`).config("image", image("output is a way out")),
-		probes("an image whose output is a file", "VALIDATION", "cannot start", "write", file, `{"a":1}`).config("image", image("output is a file")),
+		probes("an image whose output is a file", "VALIDATION", "can", "write", file, `{"a":1}`).config("image", image("output is a file")),
 		{name: "an image with a program that runs as its owner", call: call{args: []string{"status"}, config: object{"image": image("runs as its owner"), "entrypoint": []string{"/root"}, "user": "1000"}}, check: status},
 		probes("an image with a device", "REMOTE_ERROR", "not permitted", "read", "/mem").config("image", image("devices")),
+		asks("an image whose accounts are a pipe", "VALIDATION", "/etc/passwd").config("image", image("accounts in a pipe")),
+		asks("an image whose groups are a pipe behind a link", "VALIDATION", "/etc/group").config("image", image("groups behind a link")),
+		asks("an image whose accounts are a loop", "VALIDATION", "/etc/passwd").config("image", image("accounts in a loop")),
 		{name: "an image whose entrypoint runs the input", call: call{args: []string{"$input.x"}, input: object{"x": "reboot"}, config: object{"image": image("a shell")}}, code: "VALIDATION", text: "run as code", blocked: true},
 		probes("an image with a user of the host", "VALIDATION", "user", "status").config("image", image("no such user")),
 		{

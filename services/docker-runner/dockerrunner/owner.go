@@ -118,6 +118,7 @@ func (r *Runner) sweepForever(ctx context.Context) {
 		case <-tick.C:
 		}
 		r.refresh(ctx)
+		r.vetted.Clear()
 	}
 }
 

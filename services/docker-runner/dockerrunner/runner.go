@@ -70,6 +70,10 @@ type Runner struct {
 	engine  atomic.Pointer[engine]
 	probing sync.Mutex
 
+	// vetted are the IDs of images whose files of accounts were looked at. They are forgotten
+	// with each look for leftovers.
+	vetted sync.Map
+
 	// cgroupsMissing and storageMissing are set once the engine has shown that it puts its
 	// containers' groups elsewhere, or that its storage driver cannot bound a root.
 	cgroupsMissing, storageMissing atomic.Bool
