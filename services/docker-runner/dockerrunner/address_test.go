@@ -181,7 +181,7 @@ func TestCeilingHoldsAgainstTheOrchestrator(t *testing.T) {
 		ResourceLimits:     &ResourceLimits{MemoryMB: 64, Processes: 64, TimeoutSeconds: 20, CPUCores: 1, DiskMB: 8},
 	}})
 	everything := object{
-		"allowed_images": []string{"*"}, "allowed_networks": []string{"bridge", "host"}, "volume_restrictions": object{"allowed_host_paths": []string{"/"}},
+		"allowed_images": []string{"*"}, "allowed_networks": []string{"bridge"}, "volume_restrictions": object{"allowed_host_paths": []string{"/"}},
 		"allowed_env_vars": []string{"*"}, "resource_limits": object{"memory_mb": 1 << 20, "processes": 1 << 20, "timeout_seconds": 1e9, "disk_mb": 1 << 20},
 	}
 	volume := func(host string) []object { return []object{{"host_path": host, "container_path": "/data"}} }
