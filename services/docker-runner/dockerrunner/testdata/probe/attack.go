@@ -1,3 +1,4 @@
+//nolint:gosec,forbidigo // it does what it is told, in a container
 package main
 
 import (

@@ -1,4 +1,6 @@
 // Command probe is the program of the tests' image.
+//
+//nolint:gosec,forbidigo // it does what it is told, in a container
 package main
 
 import (
