@@ -93,6 +93,12 @@ SEED     ?= 0
 chaos: ## Random faults for DURATION under load, then a check that nothing was lost; SEED repeats a schedule of faults
 	go test -count=1 -v -timeout 0 -run '^TestChaos$$' ./test/faults -chaos $(DURATION) -seed $(SEED)
 
+RATE_FOR ?= 185s
+
+.PHONY: rate
+rate: ## A rate and a spend limit, held by three orchestrators under load for RATE_FOR, by the called servers' own count
+	go test -count=1 -v -timeout 0 -run '^Test(Rate|Spend)HoldsOverReplicas$$' ./test/faults -rate $(RATE_FOR)
+
 .PHONY: bench
 bench: ## What a durable workflow costs, in floors of this machine; the report goes to .cache/bench
 	GOWORK=off go -C bench run . -root ..

@@ -97,7 +97,7 @@ func schedule(seed uint64, length time.Duration, size size) []strike {
 }
 
 func TestScheduleOfASeed(t *testing.T) {
-	s := size{chaosOrchestrators, chaosRunners}
+	s := size{orchestrators: chaosOrchestrators, runners: chaosRunners}
 	first := schedule(7, 10*time.Minute, s)
 	require.Equal(t, first, schedule(7, 10*time.Minute, s), "the same seed is the same schedule")
 	require.NotEqual(t, first, schedule(8, 10*time.Minute, s))
@@ -247,7 +247,7 @@ func strikeLink(kind string, l *link) (undo func() error) {
 // The same -seed is the same schedule of faults.
 func TestChaos(t *testing.T) {
 	length, seed := *chaosFor, *chaosSeed
-	s := size{chaosOrchestrators, chaosRunners}
+	s := size{orchestrators: chaosOrchestrators, runners: chaosRunners}
 	strikes := schedule(seed, length, s)
 	t.Logf("seed %d, %s: %d faults; again with: make chaos DURATION=%s SEED=%d", seed, length, len(strikes), length, seed)
 	m := startMesh(t, s)

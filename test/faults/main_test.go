@@ -11,9 +11,10 @@ import (
 	"go.uber.org/goleak"
 )
 
-// Flags of TestChaos; `make chaos` sets them.
+// Flags of TestChaos and TestRateHoldsOverReplicas; `make chaos` and `make rate` set them.
 var (
 	chaosFor  = flag.Duration("chaos", 8*time.Second, "how long TestChaos goes on")
+	rateFor   = flag.Duration("rate", 75*time.Second, "how long TestRateHoldsOverReplicas goes on")
 	chaosSeed = flag.Uint64("seed", 1, "the seed of the faults; 0 takes one from the clock")
 )
 

@@ -69,7 +69,11 @@ type runner struct {
 }
 
 // size says what a mesh consists of.
-type size struct{ orchestrators, runners int }
+type size struct {
+	orchestrators, runners int
+	// runner adds a runner of another type, as --runner takes it; nil for none.
+	runner func(*mesh) string
+}
 
 // registryYAML has one service, behind which is the recorder. Faults may cost a call more attempts than the default allows.
 const registryYAML = `
@@ -108,6 +112,12 @@ func startMesh(t testing.TB, s size, settings ...string) *mesh {
 	}
 	t.Cleanup(m.close)
 	m.makeLinks()
+	if s.runner != nil {
+		other := s.runner(m)
+		for _, o := range m.orchestrators {
+			o.args = append(o.args, "--runner", other)
+		}
+	}
 	var starts errgroup.Group
 	for _, r := range m.runners {
 		starts.Go(func() error { return r.start(t.Context()) })

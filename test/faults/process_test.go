@@ -34,7 +34,7 @@ var programs = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	cmd := exec.Command("go", "build", "-o", dir+string(filepath.Separator), "./services/orchestrator", "./services/http-runner", "./cmd/specql")
+	cmd := exec.Command("go", "build", "-o", dir+string(filepath.Separator), "./services/orchestrator", "./services/http-runner", "./services/serverless-runner", "./cmd/specql")
 	cmd.Dir = root
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the programs: %w\n%s", err, out)

@@ -251,10 +251,12 @@ func (a *attempt) carry(ctx context.Context, began time.Time) *engine.Outcome {
 		waited := time.Since(began)
 		switch {
 		case next == ended || (next == unreached && waited > min(startWait, a.call.Job.Timeout)) || waited > fullWait && next != handedBack:
+			out.Unused = out.Unused || next != ended && !out.Unknown
 			return out
-		case a.call.Reserved != nil && (next == handedBack || out.Unknown):
-			// The call may have arrived: what is sent now counts anew at the limits.
-			out.Again = true
+		case a.call.Reserved != nil && (next == handedBack || out.Unknown || waited > startWait):
+			// The call may have arrived, so that what is sent now counts anew at the limits; or its slot is so old that others may
+			// soon take it for that of somebody who is gone.
+			out.Again, out.Unused = true, next != handedBack && !out.Unknown
 			return out
 		case next == handedBack:
 			if handBacks++; handBacks > mostHandBacks {
@@ -265,7 +267,8 @@ func (a *attempt) carry(ctx context.Context, began time.Time) *engine.Outcome {
 		// Nothing was begun, or what was begun does not count: another replica, or this one in a
 		// moment, takes the job, and no attempt is counted.
 		if !pause(ctx, n, longestPause) {
-			return &engine.Outcome{Err: fault.New(fault.Cancelled, "%v", context.Cause(ctx)), Unknown: handBacks > 0 || out.Unknown}
+			unknown := handBacks > 0 || out.Unknown
+			return &engine.Outcome{Err: fault.New(fault.Cancelled, "%v", context.Cause(ctx)), Unknown: unknown, Unused: !unknown}
 		}
 	}
 }

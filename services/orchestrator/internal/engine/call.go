@@ -248,7 +248,7 @@ func (r *run) resumeJob(ctx context.Context, n *plan.Call, job *store.Job) (*sto
 	job.NextAttemptAt, job.Err = time.Time{}, nil
 	// What this job was at before may go on for a moment yet, without this orchestrator.
 	r.note(func(rec *store.Record) {
-		rec.Ends = append(rec.Ends, store.SlotEnd{JobID: job.ID, Margin: takeoverMargin})
+		rec.Ends = append(rec.Ends, orphaned(job))
 	})
 	r.noteJob(job, false)
 	return r.attempts(ctx, n, job)
@@ -263,7 +263,7 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 			r.e.jobEnded(ctx, job, usage.GetCostUsd())
 		}
 	}()
-	changed := false
+	changed, firstAgain := false, time.Time{}
 	for again := 0; ; {
 		slot, refused, err := r.admission(ctx, n, job, changed)
 		if err != nil {
@@ -297,7 +297,10 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 		}
 		slot.end(r, out)
 		if changed = out.LimitsChanged; out.Again && context.Cause(ctx) == nil {
-			if again++; again < mostAgain {
+			if again == 0 {
+				firstAgain = began
+			}
+			if again++; again < mostAgain || out.Unused && !changed && r.e.Clock.Now().Sub(firstAgain) < longestAgain {
 				continue
 			}
 		}

@@ -17,13 +17,15 @@ import (
 const (
 	// MaxSlotWait is how long an attempt waits at most for slots of its limits.
 	MaxSlotWait = time.Hour
-	// takeoverMargin is how much longer the attempt of an orchestrator that is gone may run: its runner ends it
-	// when its lease lapses, which is sooner.
-	takeoverMargin = 15 * time.Second
+	// takeoverMargin is how much longer than its timeout the attempt of another orchestrator may take from now on: it is begun
+	// within 15 s of its grant, or not at all.
+	takeoverMargin = 20 * time.Second
 	// doubtMargin is how much later than its end a request may arrive of which nobody knows what became of it.
 	doubtMargin = 5 * time.Second
-	// mostAgain is how often a call is made anew within one attempt.
-	mostAgain = 20
+	// mostAgain is how often a call is made anew within one attempt, and longestAgain for how long one for which no runner
+	// has a place.
+	mostAgain    = 20
+	longestAgain = time.Hour
 	// undecidedPause is before a slot is asked for again whose answer was lost.
 	undecidedPause = 50 * time.Millisecond
 )
@@ -69,6 +71,11 @@ func (s *slot) end(r *run, out *Outcome) {
 			}
 		}
 	})
+}
+
+// orphaned says that the attempts of a job that was another walk's end without it, which may be cut off but well for a while.
+func orphaned(job *store.Job) store.SlotEnd {
+	return store.SlotEnd{JobID: job.ID, Margin: takeoverMargin + min(job.Timeout, detachedLimit)}
 }
 
 // limited says whether the call is one with limits, as far as that can be known.

@@ -736,7 +736,7 @@ func (r *run) endLeftovers() {
 	for _, j := range jobs {
 		r.noteJob(j, isNew[j])
 		r.note(func(rec *store.Record) {
-			rec.Ends = append(rec.Ends, store.SlotEnd{JobID: j.ID, Margin: takeoverMargin})
+			rec.Ends = append(rec.Ends, orphaned(j))
 		})
 	}
 }
