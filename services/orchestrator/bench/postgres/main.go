@@ -150,6 +150,9 @@ type process struct {
 	id       string
 	sequence int64
 	last     *store.Job
+	// limit is what each step takes a slot of; nil for none.
+	limit *store.Limit
+	slot  *store.Take
 }
 
 func newProcess() *process { return &process{id: uuid.Must(uuid.NewV7()).String()} }
@@ -176,6 +179,9 @@ func (p *process) step(last bool) *store.Record {
 		done.ResourceUsage = []byte(`{"duration_seconds": 0.01, "attempts": 1, "source": "http", "status_code": 200}`)
 		done.SecurityContext = []byte(`{"runner": "http-runner@a", "policy_digest": "d", "checks": [{"rule": "allowed_domains", "subject": "api.stripe.com", "allowed": true}]}`)
 		r.ChangedJobs = []*store.Job{&done}
+		if p.slot != nil {
+			r.Ends = []store.SlotEnd{{ID: p.slot.ID, JobID: p.slot.JobID}}
+		}
 	}
 	if last {
 		r.Run = &store.RunChange{Status: store.Completed, CompletedAt: now, Output: []byte(`{"charge_id": "ch_123"}`)}
@@ -187,6 +193,10 @@ func (p *process) step(last bool) *store.Record {
 		RunnerConfig: []byte(`{"base_url": "https://api.stripe.com", "auth_type": "bearer"}`), Input: []byte(`{"amount": 12}`),
 	}
 	r.NewJobs = []*store.Job{p.last}
+	if p.limit != nil {
+		p.slot = &store.Take{ID: uuid.Must(uuid.NewV7()).String(), JobID: p.last.ID, Limits: []store.Limit{*p.limit}}
+		r.Takes = []*store.Take{p.slot}
+	}
 	return r
 }
 
@@ -310,8 +320,21 @@ func (b *bench) large(ctx context.Context, url string) error {
 	return nil
 }
 
-// steps counts transactions.
+// steps counts transactions, of steps without limits and of such that all take slots of one.
 func (b *bench) steps(ctx context.Context, url string) error {
+	for _, limit := range []*store.Limit{nil, {Key: "bench", Window: time.Minute, MaxAttempts: 1 << 40}} {
+		if err := b.stepsOf(ctx, url, limit); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *bench) stepsOf(ctx context.Context, url string, limit *store.Limit) error {
+	what := ""
+	if limit != nil {
+		what = ", all at one limit"
+	}
 	st, err := open(ctx, url)
 	if err != nil {
 		return err
@@ -331,8 +354,9 @@ func (b *bench) steps(ctx context.Context, url string) error {
 			wg.Go(func() {
 				for errs[i] == nil && time.Now().Before(end) {
 					p := newProcess()
-					r := p.create()
-					r.NewJobs = p.step(false).NewJobs
+					p.limit = limit
+					r, first := p.create(), p.step(false)
+					r.NewJobs, r.Takes = first.NewJobs, first.Takes
 					for n := 1; n <= 6 && errs[i] == nil; n++ {
 						errs[i] = j.Append(ctx, r)
 						r = p.step(n == 5)
@@ -345,7 +369,7 @@ func (b *bench) steps(ctx context.Context, url string) error {
 		if err := errors.Join(append(errs, j.Close())...); err != nil {
 			return err
 		}
-		b.printf("steps: %d at once: %.2f transactions a step, %.0f steps/s, %.0f transactions/s", concurrency,
+		b.printf("steps: %d at once%s: %.2f transactions a step, %.0f steps/s, %.0f transactions/s", concurrency, what,
 			float64(transactions.Load())/float64(records.Load()), float64(records.Load())/took.Seconds(), float64(transactions.Load())/took.Seconds())
 	}
 	return nil
