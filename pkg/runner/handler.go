@@ -233,6 +233,7 @@ func (h *Handler) Limits(ctx context.Context, req *runnerv1.LimitsRequest) (*run
 	for _, l := range limits {
 		resp.Limits = append(resp.Limits, &runnerv1.Limit{
 			Key: l.Key, Window: durationpb.New(l.Window), MaxAttempts: l.MaxAttempts, MaxCostUsd: l.MaxCost, CostUsd: l.Cost, Budget: l.Budget, Rule: l.Rule,
+			AttemptsPolicyKey: l.AttemptsKey, CostPolicyKey: l.CostKey, Ceiling: l.Ceiling,
 		})
 	}
 	return resp, nil

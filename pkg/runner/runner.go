@@ -51,6 +51,10 @@ type Limit struct {
 	Budget bool
 	// Rule names the limit in messages, such as security_policy.rate_limit_per_minute of stripe_api.
 	Rule string
+	// AttemptsKey and CostKey are the keys of the policy that MaxAttempts and MaxCost are from; Ceiling says that it is
+	// the operator's.
+	AttemptsKey, CostKey string
+	Ceiling              bool
 }
 
 // Description is what a runner says of itself.

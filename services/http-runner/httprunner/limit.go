@@ -150,16 +150,21 @@ func (r *Runner) Limits(_ context.Context, s *runner.Service) ([]runner.Limit, e
 	if n := p.policy.ratePerMinute; n > 0 {
 		limits = append(limits, runner.Limit{
 			Key: "service/" + s.Name, Window: time.Minute, MaxAttempts: int64(n), Rule: "rate_limit_per_minute of " + s.Name + " in " + registryName,
+			AttemptsKey: rateRule,
 		})
 	}
 	if n := p.policy.ceilingPerMinute; n > 0 {
 		origin := p.base.target.origin()
 		limits = append(limits, runner.Limit{
 			Key: "origin/" + origin, Window: time.Minute, MaxAttempts: int64(n), Rule: "rate_limit_per_minute for " + origin + " in " + ceilingName,
+			AttemptsKey: rateRule, Ceiling: true,
 		})
 	}
 	return limits, nil
 }
+
+// rateRule is the key of the policy for rates.
+const rateRule = "rate_limit_per_minute"
 
 type windowKey struct {
 	// service, or for the operator's limit the origin: a service may be called by any name.

@@ -168,14 +168,17 @@ func (r *Runner) Limits(ctx context.Context, s *runner.Service) ([]runner.Limit,
 		return nil, nil //nolint:nilerr // every call of it fails, and says why
 	}
 	var limits []runner.Limit
-	add := func(key, rule string, l CostLimits) {
+	add := func(key, rule string, ceiling bool, l CostLimits) {
 		if l != (CostLimits{}) {
-			limits = append(limits, runner.Limit{Key: key, Window: budgetWindow, MaxAttempts: l.MaxInvocationsPerHour, MaxCost: l.MaxCostPerHour, Budget: true, Rule: rule})
+			limits = append(limits, runner.Limit{
+				Key: key, Window: budgetWindow, MaxAttempts: l.MaxInvocationsPerHour, MaxCost: l.MaxCostPerHour, Budget: true, Rule: rule,
+				AttemptsKey: "cost_limits.max_invocations_per_hour", CostKey: "cost_limits.max_cost_per_hour", Ceiling: ceiling,
+			})
 		}
 	}
-	add("service/"+s.Name, "cost_limits of "+s.Name+" in its security_policy", c.policy.Service.CostLimits)
+	add("service/"+s.Name, "cost_limits of "+s.Name+" in its security_policy", false, c.policy.Service.CostLimits)
 	if c.policy.Ceiling != nil {
-		add("all", "cost_limits of all services in the operator's policy (--policy of the runner)", c.policy.Ceiling.CostLimits)
+		add("all", "cost_limits of all services in the operator's policy (--policy of the runner)", true, c.policy.Ceiling.CostLimits)
 	}
 	if len(limits) == 0 || !c.policy.capped() {
 		return limits, nil

@@ -993,7 +993,13 @@ type Limit struct {
 	// It is a budget: an attempt for which there is no room fails with BUDGET_EXCEEDED. Otherwise it waits.
 	Budget bool `protobuf:"varint,6,opt,name=budget,proto3" json:"budget,omitempty"`
 	// The rule that says so and whose it is, for messages: security_policy.rate_limit_per_minute of stripe_api.
-	Rule          string `protobuf:"bytes,7,opt,name=rule,proto3" json:"rule,omitempty"`
+	Rule string `protobuf:"bytes,7,opt,name=rule,proto3" json:"rule,omitempty"`
+	// The keys of the policy that max_attempts and max_cost_usd are from, such as rate_limit_per_minute; empty for none.
+	AttemptsPolicyKey string `protobuf:"bytes,8,opt,name=attempts_policy_key,json=attemptsPolicyKey,proto3" json:"attempts_policy_key,omitempty"`
+	// As attempts_policy_key, of max_cost_usd.
+	CostPolicyKey string `protobuf:"bytes,9,opt,name=cost_policy_key,json=costPolicyKey,proto3" json:"cost_policy_key,omitempty"`
+	// It is the operator's policy of the runner (--policy).
+	Ceiling       bool `protobuf:"varint,10,opt,name=ceiling,proto3" json:"ceiling,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1075,6 +1081,27 @@ func (x *Limit) GetRule() string {
 		return x.Rule
 	}
 	return ""
+}
+
+func (x *Limit) GetAttemptsPolicyKey() string {
+	if x != nil {
+		return x.AttemptsPolicyKey
+	}
+	return ""
+}
+
+func (x *Limit) GetCostPolicyKey() string {
+	if x != nil {
+		return x.CostPolicyKey
+	}
+	return ""
+}
+
+func (x *Limit) GetCeiling() bool {
+	if x != nil {
+		return x.Ceiling
+	}
+	return false
 }
 
 // ExecuteRequest starts a job, and then steers it.
@@ -1942,7 +1969,7 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\aservice\x18\x01 \x01(\v2\x19.specql.runner.v1.ServiceR\aservice\x129\n" +
 	"\toperation\x18\x02 \x01(\v2\x1b.specql.runner.v1.OperationR\toperation\"A\n" +
 	"\x0eLimitsResponse\x12/\n" +
-	"\x06limits\x18\x01 \x03(\v2\x17.specql.runner.v1.LimitR\x06limits\"\xd8\x01\n" +
+	"\x06limits\x18\x01 \x03(\v2\x17.specql.runner.v1.LimitR\x06limits\"\xca\x02\n" +
 	"\x05Limit\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x121\n" +
 	"\x06window\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06window\x12!\n" +
@@ -1951,7 +1978,11 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"maxCostUsd\x12\x19\n" +
 	"\bcost_usd\x18\x05 \x01(\x01R\acostUsd\x12\x16\n" +
 	"\x06budget\x18\x06 \x01(\bR\x06budget\x12\x12\n" +
-	"\x04rule\x18\a \x01(\tR\x04rule\"\xaf\x01\n" +
+	"\x04rule\x18\a \x01(\tR\x04rule\x12.\n" +
+	"\x13attempts_policy_key\x18\b \x01(\tR\x11attemptsPolicyKey\x12&\n" +
+	"\x0fcost_policy_key\x18\t \x01(\tR\rcostPolicyKey\x12\x18\n" +
+	"\aceiling\x18\n" +
+	" \x01(\bR\aceiling\"\xaf\x01\n" +
 	"\x0eExecuteRequest\x12-\n" +
 	"\x05start\x18\x01 \x01(\v2\x15.specql.runner.v1.JobH\x00R\x05start\x122\n" +
 	"\x06cancel\x18\x02 \x01(\v2\x18.specql.runner.v1.CancelH\x00R\x06cancel\x12/\n" +

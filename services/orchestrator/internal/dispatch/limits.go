@@ -155,8 +155,16 @@ func readLimits(executionType string, resp *runnerv1.LimitsResponse) ([]engine.L
 			Limit: store.Limit{
 				Key: key, Window: window, MaxAttempts: max(0, l.GetMaxAttempts()), MaxCost: max(0, l.GetMaxCostUsd()), Cost: max(0, l.GetCostUsd()),
 			},
-			Budget: l.GetBudget(), Rule: rule,
+			Budget: l.GetBudget(), Rule: rule, AttemptsKey: clipped(l.GetAttemptsPolicyKey()), CostKey: clipped(l.GetCostPolicyKey()), Ceiling: l.GetCeiling(),
 		})
 	}
 	return out, nil
+}
+
+// clipped is the key of a policy; none where a runner gives one that is too long to be one.
+func clipped(key string) string {
+	if len(key) > mostRule {
+		return ""
+	}
+	return key
 }

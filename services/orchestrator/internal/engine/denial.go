@@ -50,6 +50,25 @@ func (r *run) denied(ctx context.Context, n *plan.Call, job *store.Job, out *Out
 	}
 }
 
+// limitDenied tells which limit refused an attempt for good, as a check of a runner would: no runner was asked.
+func (r *run) limitDenied(ctx context.Context, n *plan.Call, job *store.Job, l *Limit, refused *fault.Error) {
+	key, bound := l.AttemptsKey, float64(l.MaxAttempts)
+	if l.MaxCost > 0 && (l.MaxAttempts == 0 || l.CostKey != "" && strings.Contains(refused.Message, " USD")) {
+		key, bound = l.CostKey, l.MaxCost
+	}
+	check := &runnerv1.PolicyCheck{Rule: key, Subject: "call of " + job.Service, Detail: refused.Message}
+	if key == "" {
+		check.Rule = l.Rule
+	} else {
+		check.AllowedBy = []*runnerv1.PolicyChange{{Key: key, Above: &bound, Ceiling: l.Ceiling}}
+	}
+	out := &Outcome{Err: refused, Security: &runnerv1.SecurityContext{
+		Checks: []*runnerv1.PolicyCheck{check}, Subject: job.TriggeredBy, TenantId: job.TenantID,
+	}}
+	r.denied(ctx, n, job, out)
+	job.SecurityContext = protoJSON(out.Security)
+}
+
 // ruleOf is the key of the policy that denied, and whether it is the operator's alone.
 func ruleOf(check *runnerv1.PolicyCheck) (rule string, ceiling bool) {
 	rule, ceiling = strings.CutPrefix(check.GetRule(), ceilingPrefix)

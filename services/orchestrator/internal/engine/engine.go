@@ -112,6 +112,9 @@ type Limit struct {
 	Budget bool
 	// Rule names it in messages.
 	Rule string
+	// AttemptsKey and CostKey are the keys of the policy that its bounds are from; Ceiling says that it is the operator's.
+	AttemptsKey, CostKey string
+	Ceiling              bool
 }
 
 // Call is one attempt of one job.

@@ -119,9 +119,16 @@ func (r *run) admission(ctx context.Context, n *plan.Call, job *store.Job, chang
 	}
 	w := &slotWait{r: r, job: job, slot: s, until: time.Now().Add(MaxSlotWait)}
 	defer func() { w.leave(0) }()
+	at := 0 // the limit that was looked at last
+	defer func() {
+		if refused != nil && !refused.Retryable {
+			r.limitDenied(ctx, n, job, &limits[at], refused)
+		}
+	}()
 	// Who comes later than others that wait, waits behind them.
 	for i, l := range limits {
 		if r.e.lines.Waits(l.Key) {
+			at = i
 			if refused, err = w.wait(ctx, i, 0, false); refused != nil || err != nil {
 				return nil, refused, err
 			}
@@ -145,6 +152,7 @@ func (r *run) admission(ctx context.Context, n *plan.Call, job *store.Job, chang
 			}
 			continue
 		}
+		at = res.Refused
 		if refused := overBudget(&limits[res.Refused], &res); refused != nil {
 			return nil, refused, nil
 		}

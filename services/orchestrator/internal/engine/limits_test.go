@@ -123,7 +123,7 @@ actions:
 // it is only reservations that are in the way.
 func TestBudget(t *testing.T) {
 	onEachDatabase(t, func(t *testing.T, w *world) {
-		l := engine.Limit{Limit: store.Limit{Key: "lambda", Window: time.Hour, MaxCost: 1, Cost: 0.6}, Budget: true, Rule: "cost_limits of svc"}
+		l := engine.Limit{Limit: store.Limit{Key: "lambda", Window: time.Hour, MaxCost: 1, Cost: 0.6}, Budget: true, Rule: "cost_limits of svc", CostKey: "cost_limits.max_cost_per_hour"}
 		w.limit("echo", l)
 		release := make(chan struct{})
 		var reserved atomic.Pointer[float64]
@@ -153,6 +153,11 @@ func TestBudget(t *testing.T) {
 				require.Equal(t, fault.BudgetExceeded, h.Jobs[0].Err.Code)
 				require.Contains(t, h.Jobs[0].Err.Message, "0.600000 USD were spent in the last hour over all orchestrators")
 				require.Zero(t, h.Jobs[0].Attempts)
+				denied, err := w.store.Violations(t.Context(), store.JobFilter{}, 10)
+				require.NoError(t, err)
+				require.Len(t, denied, 1)
+				require.Equal(t, []string{"BUDGET_EXCEEDED", "cost_limits.max_cost_per_hour", id}, []string{denied[0].ErrorCode, denied[0].Rule, denied[0].RunID})
+				require.JSONEq(t, `[{"key": "cost_limits.max_cost_per_hour", "above": 1}]`, string(denied[0].AllowedBy))
 			}
 		}
 		require.Equal(t, map[store.Status]int{store.Completed: 2, store.Failed: 1}, codes)
