@@ -116,11 +116,14 @@ bench-sandbox: ## What the shell runner's sandbox adds to the start of a program
 bench-store: ## The PostgreSQL store: an old table's upgrade, what a run costs beside a million jobs, transactions a step
 	go run ./services/orchestrator/bench/postgres
 
+FUZZPARALLEL ?= 1
+
 .PHONY: fuzz
-fuzz: ## Fuzz every parser for FUZZTIME each
-	@for pkg in ./pkg/spec ./pkg/spec/expr ./pkg/spec/ddl; do \
-		for target in $$(go test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
-			echo "$$pkg $$target"; go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) $$pkg; \
+fuzz: ## Fuzz every parser and every RPC for FUZZTIME each, FUZZPARALLEL workers at once; FUZZ=REGEXP chooses targets
+	@for file in $$(git grep -l '^func Fuzz' -- '*_test.go'); do dirname ./$$file; done | sort -u | while read -r pkg; do \
+		for target in $$(go test -list '^Fuzz' $$pkg | grep '^Fuzz' | grep -E '$(or $(FUZZ),.)'); do \
+			echo "$$pkg $$target"; \
+			go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -parallel $(FUZZPARALLEL) $$pkg </dev/null || exit 1; \
 		done; \
 	done
 

@@ -34,6 +34,12 @@ func Start(t testing.TB, jr runner.JobRunner, options ...runner.Options) runnerv
 // function may be called more than once.
 func Serve(t testing.TB, jr runner.JobRunner, options ...runner.Options) (client runnerv1.RunnerServiceClient, stop func()) {
 	t.Helper()
+	conn, stop := connect(t, jr, options...)
+	return runnerv1.NewRunnerServiceClient(conn), stop
+}
+
+func connect(t testing.TB, jr runner.JobRunner, options ...runner.Options) (*grpc.ClientConn, func()) {
+	t.Helper()
 	o := runner.Options{DrainTimeout: time.Second}
 	for _, given := range options {
 		o = given
@@ -56,7 +62,7 @@ func Serve(t testing.TB, jr runner.JobRunner, options ...runner.Options) (client
 	}()
 	conn, err := mesh.Dial(lis.Addr().String(), orchestrator, mesh.DialOptions{ServerRole: "test-runner"})
 	require.NoError(t, err)
-	return runnerv1.NewRunnerServiceClient(conn), func() {
+	return conn, func() {
 		cancel()
 		<-ended
 		_ = conn.Close() // closed already when called again
@@ -219,4 +225,12 @@ func (c *Call) Wait() *Outcome {
 		}
 	}
 	return out
+}
+
+// Connect is [Start] that gives the connection itself.
+func Connect(t testing.TB, jr runner.JobRunner, options ...runner.Options) *grpc.ClientConn {
+	t.Helper()
+	conn, stop := connect(t, jr, options...)
+	t.Cleanup(stop)
+	return conn
 }

@@ -132,7 +132,7 @@ actions:
 `
 
 type system struct {
-	t      *testing.T
+	t      testing.TB
 	runner *echoRunner
 	addr   string
 	web    string
@@ -144,7 +144,7 @@ type system struct {
 	stop    func()
 }
 
-func start(t *testing.T, data string, options ...func(*server.Options)) *system {
+func start(t testing.TB, data string, options ...func(*server.Options)) *system {
 	t.Helper()
 	s := &system{t: t, runner: &echoRunner{arrived: make(chan *runner.Job, 10_000), release: make(chan struct{})}}
 	ca, err := mesh.NewAuthority()
