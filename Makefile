@@ -24,6 +24,23 @@ test: ## Every test, with the race detector
 		&& echo "NOTE: no Docker engine answers: the tests of containers were skipped" \
 		|| echo "A Docker engine answers: no test of containers was skipped"
 
+.PHONY: test-python
+test-python: ## The API from Python, with a client made from the protos (test/python/install.sh installs what it needs)
+	test/python/run.sh
+
+VULN := golang.org/x/vuln/cmd/govulncheck@v1.9.0
+
+.PHONY: security
+security: $(TOOLS) ## gosec, and govulncheck where its database can be had (GOVULNDB names another)
+	$(BIN)/golangci-lint run --allow-parallel-runners --timeout 20m --enable-only gosec $(PACKAGES)
+	@status=0; GOFLAGS=-mod=mod GOBIN=$(BIN) go install $(VULN); \
+	for m in $(MODULES); do \
+		echo "govulncheck $$m"; (cd $$m && $(BIN)/govulncheck $${GOVULNDB:+-db $$GOVULNDB} ./...) >.cache/govulncheck 2>&1 || status=$$?; cat .cache/govulncheck; \
+		if grep -qE 'fetching vulnerabilities|vuln.go.dev.*(dial|lookup|timeout)' .cache/govulncheck; then \
+			echo "NOT CHECKED: the database of vulnerabilities does not answer. It is at https://vuln.go.dev; GOVULNDB=URL names a copy (https://go.dev/doc/security/vuln/database)"; exit 1; \
+		fi; \
+	done; exit $$status
+
 .PHONY: test-short
 test-short: ## The tests of one's own machine: no race detector
 	go test $(PACKAGES)
