@@ -36,6 +36,8 @@ type hostile struct {
 	text string
 	// blocked: nothing may have run.
 	blocked bool
+	// cancel is the line after which the job is cancelled.
+	cancel string
 	// check looks at what came out.
 	check func(t *testing.T, out *runnertest.Outcome)
 }
@@ -65,6 +67,11 @@ func (h hostile) config(key string, value any) hostile {
 		h.call.config = object{}
 	}
 	h.call.config[key] = value
+	return h
+}
+
+func (h hostile) until(line string) hostile {
+	h.cancel = line
 	return h
 }
 
@@ -256,14 +263,15 @@ func (a *arena) suite() []hostile {
 		inside("fill", "ENOSPC", "/tmp", "/specql", "/dev/shm", "/dev", "/cache").config("image", image("bounded volume")),
 
 		// A program that does not end, or takes too much.
-		ends("fork bomb", "TIMEOUT RESOURCE_EXCEEDED", "").limits("timeout_seconds", 3).limits("processes", 32),
+		ends("fork bomb", "TIMEOUT RESOURCE_EXCEEDED", "").limits("timeout_seconds", 10).limits("processes", 32),
 		ends("fork bomb that ends", "RESOURCE_EXCEEDED", "limit of 32").limits("processes", 32),
 		probes("memory", "RESOURCE_EXCEEDED", "its limit is 48 MiB, its peak was 4", "hog", "300").limits("memory_mb", 48),
 		ends("memory of many", "RESOURCE_EXCEEDED", "its limit is 64 MiB").limits("memory_mb", 64).limits("timeout_seconds", 30),
 		ends("memory as files", "RESOURCE_EXCEEDED", "its limit is 24 MiB", "/dev/shm").limits("memory_mb", 24),
-		ends("deaf", "TIMEOUT", "timeout_seconds").limits("timeout_seconds", 1),
-		probes("children that are deaf", "TIMEOUT", "timeout_seconds", "ignore-signals").limits("timeout_seconds", 1),
-		ends("stop", "TIMEOUT", "timeout_seconds").limits("timeout_seconds", 1),
+		ends("deaf", "CANCELLED", "").until("sleeping"),
+		ends("stop", "CANCELLED", "").until("sleeping"),
+		probes("children that are deaf", "CANCELLED", "", "ignore-signals").until("sleeping"),
+		probes("children that are deaf, for long", "TIMEOUT", "timeout_seconds", "ignore-signals").limits("timeout_seconds", 10),
 		ends("kill itself", "REMOTE_ERROR", "status 137"),
 		probes("a status as if for memory", "REMOTE_ERROR", "status 137", "exit", "137").limits("memory_mb", 64),
 		probes("endless output", "RESOURCE_EXCEEDED", "4 MiB", "flood"),
@@ -374,7 +382,18 @@ func (a *arena) suite() []hostile {
 // attempt makes one attempt and requires that it gets nothing and leaves nothing.
 func (a *arena) attempt(t *testing.T, h hostile) {
 	t.Helper()
-	out := h.call.runOn(t, a.r)
+	var out *runnertest.Outcome
+	if h.cancel == "" {
+		out = h.call.runOn(t, a.r)
+	} else {
+		job := h.call.job(t)
+		running := runnertest.Begin(t, runnertest.Start(t, a.r), job)
+		running.Line(h.cancel)
+		running.Cancel("enough")
+		out = running.Wait()
+		require.NoError(t, out.Err)
+		requireGone(t, job.GetId())
+	}
 	require.Contains(t, append(strings.Fields(h.code), "")[:max(1, len(strings.Fields(h.code)))], out.Code(), "%v %s", out.Finished.GetError(), out.Finished.GetOutput())
 	require.Contains(t, out.Finished.GetError().GetMessage(), h.text)
 	if h.want != "" {
