@@ -6,8 +6,10 @@ SHELL       := /bin/bash
 ROOT    := $(CURDIR)
 BIN     := $(ROOT)/.bin
 MODULES := gen pkg migrations services/orchestrator services/http-runner services/shell-runner services/docker-runner \
-           services/serverless-runner cmd/specql examples examples/custom-runner test/ddl test/e2e test/faults test/imports test/pgtest bench
+           services/serverless-runner cmd/specql examples examples/custom-runner test/ddl test/e2e test/faults test/helm test/imports test/pgtest bench
 PACKAGES := $(addprefix ./,$(addsuffix /...,$(MODULES)))
+# Those whose tests need nothing but Go; the chart's need tools of their own.
+TESTED   := $(filter-out ./test/helm/...,$(PACKAGES))
 FUZZTIME ?= 30s
 
 .PHONY: help
@@ -15,11 +17,11 @@ help: ## This list
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  %-16s %s\n", $$1, $$2}'
 
 .PHONY: ci
-ci: generate-check fmt-check proto-lint vet lint modules test test-rules ## Everything that has to pass before a change lands
+ci: generate-check fmt-check proto-lint vet lint modules test test-rules helm-test ## Everything that has to pass before a change lands
 
 .PHONY: test
 test: ## Every test, with the race detector
-	go test -race -timeout 20m $(PACKAGES)
+	go test -race -timeout 20m $(TESTED)
 	@go test -v -run '^TestInputReachesTheContainer$$' ./services/docker-runner/dockerrunner | grep -- '--- SKIP' >/dev/null \
 		&& echo "NOTE: no Docker engine answers: the tests of containers were skipped" \
 		|| echo "A Docker engine answers: no test of containers was skipped"
@@ -43,7 +45,7 @@ security: $(TOOLS) ## gosec, and govulncheck where its database can be had (GOVU
 
 .PHONY: test-short
 test-short: ## The tests of one's own machine: no race detector
-	go test $(PACKAGES)
+	go test $(TESTED)
 
 .PHONY: build
 build: ## Every program, into .bin
@@ -102,6 +104,33 @@ modules: ## Each module builds alone and its go.mod is tidy
 .PHONY: test-rules
 test-rules: ## What `specql alerts --prometheus` writes, held to Prometheus' own parser and engine; a module apart, so that its versions are nobody else's
 	cd test/prometheus && GOWORK=off go vet ./... && GOWORK=off go test ./...
+
+# What checks the chart, built once for each content of tools/helm/go.mod, and the schemas of a Kubernetes version.
+HELM_TOOLS   := $(BIN)/.helm-tools-$(shell cat tools/helm/go.mod tools/helm/go.sum | sha256sum | cut -c1-16)
+KUBERNETES   := v1.34.4
+KUBE_SCHEMAS := $(ROOT)/.cache/kubernetes-schemas-$(KUBERNETES)
+
+$(HELM_TOOLS):
+	@mkdir -p $(BIN)
+	GOWORK=off go -C tools/helm build -trimpath -ldflags "-s -w" -o $(BIN)/ tool
+	@rm -f $(BIN)/.helm-tools-*; touch $@
+
+$(KUBE_SCHEMAS):
+	@dir=$$(GOWORK=off go -C tools mod download -json k8s.io/kubernetes@$(KUBERNETES) | sed -n 's/^\t"Dir": "\(.*\)",$$/\1/p'); \
+	go -C test/helm run ./kubernetes "$$dir/api/openapi-spec/swagger.json" $@.new && rm -rf $@ && mv $@.new $@
+
+.PHONY: helm-test
+helm-test: $(HELM_TOOLS) $(KUBE_SCHEMAS) ## The chart: lint, templates against Kubernetes' schemas, unit tests, rights
+	HELM_TOOLS=$(BIN) KUBERNETES_SCHEMAS=$(KUBE_SCHEMAS) go test -count=1 ./test/helm/...
+
+.PHONY: helm-schema
+helm-schema: ## Make the chart's values.schema.json from its values.yaml
+	go -C test/helm run ./schema ../../deploy/helm/specql/values.yaml >.cache/values.schema.json
+	mv .cache/values.schema.json deploy/helm/specql/values.schema.json
+
+.PHONY: images
+images: ## Images of all services into .cache/images, without a registry; LOAD=1 hands them to the Docker engine
+	deploy/docker/images.sh
 
 DURATION ?= 10m
 SEED     ?= 0

@@ -441,8 +441,10 @@ CREATE INDEX IF NOT EXISTS ix_limit_slot_job ON jobs.tb_limit_slot (job_id) WHER
 CREATE TABLE IF NOT EXISTS jobs.tb_schema_version (
     version    integer     NOT NULL PRIMARY KEY,
     name       text        NOT NULL,
-    applied_at timestamptz NOT NULL DEFAULT now()
+    applied_at timestamptz NOT NULL DEFAULT now(),
+    oldest     integer
 );
+ALTER TABLE jobs.tb_schema_version ADD COLUMN IF NOT EXISTS oldest integer;
 
 -- ---------------------------------------------------------------- states move one way, whoever writes
 
@@ -1266,6 +1268,10 @@ BEGIN
     END IF;
 END
 $$;
+
+-- The lowest version that a program has to know to work with what this file makes. It is raised by a change that older
+-- programs cannot live with, and by no other: so they go on while the schema is upgraded, and can be gone back to.
+ALTER TABLE jobs.tb_schema_version ALTER COLUMN oldest SET DEFAULT 4;
 
 -- The versions that a database now has: every change to this file is one more. This statement is the last.
 INSERT INTO jobs.tb_schema_version (version, name) VALUES

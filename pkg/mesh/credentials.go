@@ -145,10 +145,19 @@ func (c *Credentials) PEM() (cert, key, ca []byte) {
 	return m.certPEM, m.keyPEM, m.caPEM
 }
 
+// roleSuffix ends the DNS name in a certificate that says the role, for makers of certificates that know no URIs,
+// such as Helm's. Nobody can own a name below .invalid (RFC 2606).
+const roleSuffix = ".role.specql.invalid"
+
 // roleOf is the role in a certificate, or "".
 func roleOf(cert *x509.Certificate) string {
 	for _, u := range cert.URIs {
 		if role, ok := strings.CutPrefix(u.String(), rolePrefix); ok && validRole(role) {
+			return role
+		}
+	}
+	for _, name := range cert.DNSNames {
+		if role, ok := strings.CutSuffix(name, roleSuffix); ok && validRole(role) {
 			return role
 		}
 	}

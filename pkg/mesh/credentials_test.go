@@ -1,6 +1,8 @@
 package mesh
 
 import (
+	"crypto/x509"
+	"net/url"
 	"os"
 	"path/filepath"
 	"testing"
@@ -44,4 +46,17 @@ func TestCredentialsFollowTheirFiles(t *testing.T) {
 	write("docker-runner")
 	c.checked = time.Time{}
 	require.Equal(t, "docker-runner", c.Name())
+}
+
+func TestRolesOfCertificates(t *testing.T) {
+	t.Parallel()
+	for role, names := range map[string][]string{
+		"http-runner": {"localhost", "http-runner.role.specql.invalid"},
+		"":            {"http-runner", "role.specql.invalid", "a.b.role.specql.invalid", "http-runner.role.specql.invalid.example.org", "HTTP.role.specql.invalid", ".role.specql.invalid"},
+	} {
+		require.Equal(t, role, roleOf(&x509.Certificate{DNSNames: names}))
+	}
+	uri, err := roleURI("orchestrator")
+	require.NoError(t, err)
+	require.Equal(t, "orchestrator", roleOf(&x509.Certificate{URIs: []*url.URL{uri}, DNSNames: []string{"http-runner.role.specql.invalid"}}), "the URI goes first")
 }

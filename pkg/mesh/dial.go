@@ -61,6 +61,7 @@ func Dial(target string, c *Credentials, o DialOptions) (*grpc.ClientConn, error
 	options := []grpc.DialOption{
 		grpc.WithTransportCredentials(transport),
 		grpc.WithDefaultServiceConfig(roundRobin),
+		grpc.WithResolvers(newPolledDNS(resolveEvery)),
 		grpc.WithDisableRetry(),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(limit), grpc.MaxCallSendMsgSize(limit)),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: clientPing, Timeout: clientPingWait, PermitWithoutStream: true}),

@@ -38,7 +38,7 @@ type settings struct {
 	database, registry, entities, alerts, env string
 	runners                                   []string
 	maxRuns                                   int
-	drain                                     time.Duration
+	drain, schemaWait                         time.Duration
 	retain                                    string
 	cert, key, ca                             string
 	insecure, version                         bool
@@ -63,6 +63,7 @@ func run() int {
 	flags.StringSliceVar(&s.runners, "runner", nil, "TYPE=ADDRESS of a runner, such as http=dns:///http-runner:9090; repeatable")
 	flags.IntVar(&s.maxRuns, "max-runs", 10_000, "how many runs are walked at once; others wait")
 	flags.StringVar(&s.retain, "retain", "", "for how long runs are kept that have ended, such as 30d or 12h; for ever if empty")
+	flags.DurationVar(&s.schemaWait, "schema-wait", 0, "how long to wait at the start for 'specql migrate-schema' to be run; not at all if 0")
 	flags.DurationVar(&s.drain, "drain-timeout", 30*time.Second, "how long running jobs may go on after SIGTERM")
 	flags.StringVar(&s.cert, "tls-cert", "", "file of this service's certificate")
 	flags.StringVar(&s.key, "tls-key", "", "file of the certificate's key")
@@ -114,7 +115,7 @@ func run() int {
 
 // options reads and checks everything that can be wrong before anything is started.
 func (s *settings) options(flags *pflag.FlagSet) (server.Options, error) {
-	o := server.Options{Env: s.env, Database: s.database, LookupEnv: os.LookupEnv, MaxRuns: s.maxRuns, DrainTimeout: s.drain, Version: version()}
+	o := server.Options{Env: s.env, Database: s.database, LookupEnv: os.LookupEnv, MaxRuns: s.maxRuns, SchemaWait: s.schemaWait, DrainTimeout: s.drain, Version: version()}
 	if _, err := telemetry.ParseLevel(s.level); err != nil {
 		return o, fmt.Errorf("--log-level: %w", err)
 	}
@@ -191,6 +192,12 @@ func (s *settings) documents(o *server.Options) error {
 		}
 		return nil
 	}
+	o.Reload = s.read
+	return s.read(o)
+}
+
+// read reads the registry, the alerts and the entities.
+func (s *settings) read(o *server.Options) error {
 	content, err := os.ReadFile(s.registry)
 	if err != nil {
 		return fmt.Errorf("--registry: %w", err)
@@ -207,6 +214,13 @@ func (s *settings) documents(o *server.Options) error {
 		return nil
 	}
 	err = filepath.WalkDir(s.entities, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && path != s.entities && strings.HasPrefix(d.Name(), "..") {
+			// A mounted ConfigMap keeps its files in such a folder, and has links to them beside it.
+			if d.IsDir() {
+				return fs.SkipDir
+			}
+			return nil
+		}
 		if err != nil || d.IsDir() || !slices.Contains([]string{".yaml", ".yml"}, filepath.Ext(path)) {
 			return err
 		}

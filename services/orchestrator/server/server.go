@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -53,6 +54,11 @@ type Options struct {
 	Entities []spec.File
 	// Alerts is a file of alerts alone, beside those of the registry; nil for none.
 	Alerts *spec.File
+	// Reload reads Registry, Entities and Alerts anew into the options; nil where they do not change. What
+	// it reads is put in force when it differs from what it read before, on all orchestrators of the database.
+	Reload func(*Options) error
+	// ReloadEvery is how often Reload is called; 0 means 5 s.
+	ReloadEvery time.Duration
 	// Env chooses the overlay.
 	Env       string
 	LookupEnv func(string) (string, bool)
@@ -64,6 +70,9 @@ type Options struct {
 	MaxRuns int
 	// Retain is for how long runs are kept that have ended; 0 is for ever.
 	Retain time.Duration
+	// SchemaWait is how long to wait at the start for the database's schema to become the one
+	// that this program needs; 0 fails at once.
+	SchemaWait time.Duration
 	// DrainTimeout is how long running jobs may take to end after ctx ended. 0 means 10 s.
 	DrainTimeout time.Duration
 	Logger       *slog.Logger
@@ -101,7 +110,21 @@ func Run(ctx context.Context, o Options) (err error) {
 	}
 	m := newMetrics(slices.Concat([]string{"http", "shell", "docker", "serverless"}, slices.Collect(maps.Keys(o.Runners))))
 
-	st, err := openStore(ctx, o)
+	serving, stop := context.WithCancel(ctx)
+	group, gctx := errgroup.WithContext(serving)
+	defer func() {
+		stop()
+		_ = group.Wait() // what it gave was returned, or something before it failed
+	}()
+	start := &starting{}
+	if o.Metrics != nil {
+		group.Go(func() error {
+			return telemetry.ServeHTTP(gctx, o.Metrics, telemetry.Handler(m.registry, func(context.Context) error {
+				return cmp.Or(gctx.Err(), start.waitsFor())
+			}))
+		})
+	}
+	st, err := openStore(gctx, o, start)
 	if err != nil {
 		return err
 	}
@@ -145,9 +168,6 @@ func Run(ctx context.Context, o Options) (err error) {
 	specqlv1.RegisterRegistryServiceServer(srv, &api.Registry{Registry: reg, Runners: dispatcher, Types: st, Refresh: eng.Refreshed, Logger: o.Logger})
 	specqlv1.RegisterInsightServiceServer(srv, &api.Insight{Store: st, Alerts: st, Registry: reg, Checkers: dispatcher})
 
-	serving, stop := context.WithCancel(ctx)
-	defer stop()
-	group, gctx := errgroup.WithContext(serving)
 	if o.Console != nil {
 		if err := serveConsole(gctx, group, o, st); err != nil {
 			return err
@@ -168,11 +188,13 @@ func Run(ctx context.Context, o Options) (err error) {
 		})
 		return nil
 	})
-	if o.Metrics != nil {
+	if o.Reload != nil && o.Registry != nil {
 		group.Go(func() error {
-			return telemetry.ServeHTTP(gctx, o.Metrics, telemetry.Handler(m.registry, func(context.Context) error { return gctx.Err() }))
+			(&reloader{o: o, registry: reg, reloads: newReloads(m.registry)}).follow(gctx)
+			return nil
 		})
 	}
+	start.set(nil)
 	if o.Ready != nil {
 		a := Addresses{API: o.Listener.Addr().String()}
 		if o.Console != nil {
@@ -199,10 +221,33 @@ func notify(ctx context.Context, in *intake.Intake, eng *engine.Engine, service,
 	return run.ID, nil
 }
 
+// starting is what an orchestrator waits for that is not ready yet.
+type starting struct {
+	mu    sync.Mutex
+	ready bool
+	cause error
+}
+
+// set says what is waited for; nil for nothing any more.
+func (s *starting) set(cause error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ready, s.cause = cause == nil, cause
+}
+
+func (s *starting) waitsFor() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ready {
+		return nil
+	}
+	return cmp.Or(s.cause, errors.New("starting"))
+}
+
 // openWait is how long an orchestrator that starts waits for its PostgreSQL.
 const openWait = time.Minute
 
-func openStore(ctx context.Context, o Options) (store.Store, error) {
+func openStore(ctx context.Context, o Options, start *starting) (store.Store, error) {
 	scheme, path, _ := strings.Cut(o.Database, ":")
 	switch {
 	case scheme == "sqlite" && path != "":
@@ -217,10 +262,18 @@ func openStore(ctx context.Context, o Options) (store.Store, error) {
 			if err == nil {
 				return st, nil
 			}
-			if !errors.Is(err, store.ErrUnavailable) || time.Since(began) > openWait || ctx.Err() != nil {
+			wait := openWait
+			switch {
+			case errors.Is(err, store.ErrNotReady):
+				wait = o.SchemaWait
+			case !errors.Is(err, store.ErrUnavailable):
+				wait = 0
+			}
+			if time.Since(began) >= wait || ctx.Err() != nil {
 				return nil, fmt.Errorf("open the database: %w", err)
 			}
-			o.Logger.Warn("the database does not answer yet", "error", err)
+			o.Logger.Warn("waiting for the database", "error", err)
+			start.set(err)
 			if err := (engine.SystemClock{}).Sleep(ctx, time.Second); err != nil {
 				return nil, fmt.Errorf("open the database: %w", err)
 			}
@@ -229,15 +282,20 @@ func openStore(ctx context.Context, o Options) (store.Store, error) {
 	return nil, fault.New(fault.Validation, "--database: this is no database that is known; write sqlite:PATH, or postgres://USER@HOST/DATABASE")
 }
 
-func loadRegistry(ctx context.Context, reg *registry.Registry, o Options) error {
-	if o.Registry == nil {
-		return reg.Load(ctx)
-	}
+// documents are the registry's files.
+func documents(o *Options) registry.Documents {
 	docs := registry.FromFiles(*o.Registry, o.Entities, o.Env)
 	if o.Alerts != nil {
 		docs.Alerts = registry.Document{Name: o.Alerts.Name, Content: string(o.Alerts.Content)}
 	}
-	s, problems, err := reg.ApplyFiles(ctx, docs)
+	return docs
+}
+
+func loadRegistry(ctx context.Context, reg *registry.Registry, o Options) error {
+	if o.Registry == nil {
+		return reg.Load(ctx)
+	}
+	s, problems, err := reg.ApplyFiles(ctx, documents(&o))
 	if err != nil {
 		return err
 	}

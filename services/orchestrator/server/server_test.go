@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -34,9 +35,23 @@ import (
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/spec"
 	"github.com/specql/mesh/services/orchestrator/server"
+	"github.com/specql/mesh/test/pgtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if err := pgtest.Shutdown(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	if code == 0 {
+		if err := goleak.Find(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
 
 // echoRunner serves the type "echo": operations answer with their input.
 type echoRunner struct {

@@ -43,6 +43,8 @@ var (
 	// ErrUnavailable: the database cannot be reached, or is starting or stopping. What was
 	// asked may succeed later; whether a commit took effect is not known.
 	ErrUnavailable = errors.New("the database is not available")
+	// ErrNotReady: the schema is not yet the one that this program needs.
+	ErrNotReady = errors.New("the database is not ready")
 	// ErrBusy: another client of the database holds a lock on what the record changes. Nothing
 	// was written; it may be later.
 	ErrBusy = errors.New("another client of the database holds a lock")

@@ -308,13 +308,37 @@ func TestOpenErrors(t *testing.T) {
 	require.ErrorContains(t, err, "specql migrate-schema")
 	_, err = Open(t.Context(), Options{URL: makeLegacy(t, "plain", 1, "'k'")})
 	require.ErrorContains(t, err, "specql migrate-schema")
+	require.ErrorIs(t, err, store.ErrNotReady)
 
 	url := ready(t)
-	pgtest.Shared(t).Psql(t, url, "INSERT INTO jobs.tb_schema_version (version, name) VALUES (1000, 'later')")
+	pgtest.Shared(t).Psql(t, url, "INSERT INTO jobs.tb_schema_version (version, name, oldest) VALUES (1000, 'later', 1000)")
 	_, err = Open(t.Context(), Options{URL: url})
 	require.ErrorContains(t, err, "newer version")
+	require.NotErrorIs(t, err, store.ErrNotReady, "waiting does not help")
 	_, err = Migrate(t.Context(), Options{URL: url})
 	require.ErrorContains(t, err, "newer version")
+}
+
+func TestOlderProgramsWorkWithNewerSchemasThatSaySo(t *testing.T) {
+	url := ready(t)
+	psql := func(text string) { pgtest.Shared(t).Psql(t, url, text) }
+	open := func() error {
+		s, err := Open(t.Context(), Options{URL: url})
+		if err != nil {
+			return err
+		}
+		return s.Close()
+	}
+	psql("INSERT INTO jobs.tb_schema_version (version, name, oldest) VALUES (1000, 'later', 4)")
+	require.NoError(t, open())
+	applied, err := Migrate(t.Context(), Options{URL: url})
+	require.NoError(t, err)
+	require.Empty(t, applied)
+
+	psql("INSERT INTO jobs.tb_schema_version (version, name, oldest) VALUES (1001, 'much later', 1000)")
+	require.ErrorContains(t, open(), "for programs that know 1000")
+	psql("DELETE FROM jobs.tb_schema_version WHERE version = 1001; ALTER TABLE jobs.tb_schema_version DROP COLUMN oldest")
+	require.ErrorContains(t, open(), "newer version", "a schema that says nothing")
 }
 
 func TestValidate(t *testing.T) {

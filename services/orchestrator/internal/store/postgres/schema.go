@@ -2,7 +2,6 @@ package postgres
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"regexp"
@@ -14,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/specql/mesh/migrations"
+	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
 // Problem is what a database lacks, with the mend.
@@ -63,11 +63,30 @@ func checkVersion(ctx context.Context, c *pgx.Conn) error {
 	case err != nil:
 		return err
 	case have == 0:
-		return errors.New("the database is not ready: it has no tables of SpecQL, or old ones; " + migrateMend)
+		return fmt.Errorf("%w: it has no tables of SpecQL, or old ones; %s", store.ErrNotReady, migrateMend)
 	case have < len(versions):
-		return fmt.Errorf("the database is not ready: its schema is version %d, this program needs %d; %s", have, len(versions), migrateMend)
+		return fmt.Errorf("%w: its schema is version %d, this program needs %d; %s", store.ErrNotReady, have, len(versions), migrateMend)
 	case have > len(versions):
-		return fmt.Errorf("the database was migrated by a newer version (its schema is %d, this program knows %d); use that version", have, len(versions))
+		return checkNewer(ctx, c, have, len(versions))
+	}
+	return nil
+}
+
+// checkNewer says whether a schema that is newer than this program still does for it: the migrations that made it
+// newer say which is the oldest version that can work with them.
+func checkNewer(ctx context.Context, c *pgx.Conn, have, known int) error {
+	oldest := have
+	var tells bool
+	err := c.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_attribute
+		WHERE attrelid = 'jobs.tb_schema_version'::regclass AND attname = 'oldest' AND NOT attisdropped)`).Scan(&tells)
+	if err == nil && tells {
+		err = c.QueryRow(ctx, "SELECT max(coalesce(oldest, version)) FROM jobs.tb_schema_version").Scan(&oldest)
+	}
+	if err != nil {
+		return err
+	}
+	if oldest > known {
+		return fmt.Errorf("the database was migrated by a newer version (its schema is %d and for programs that know %d, this one knows %d); use that version", have, oldest, known)
 	}
 	return nil
 }
@@ -125,7 +144,10 @@ func Migrate(ctx context.Context, o Options) (applied []string, err error) {
 		return nil, fmt.Errorf("migrate: %w", err)
 	}
 	if have > len(versions) {
-		return nil, fmt.Errorf("migrate: the database was migrated by a newer version (its schema is %d, this program knows %d); use that version", have, len(versions))
+		if err := checkNewer(ctx, c, have, len(versions)); err != nil {
+			return nil, fmt.Errorf("migrate: %w", err)
+		}
+		return nil, nil
 	}
 	if have == len(versions) {
 		problems, err := validate(ctx, c)
