@@ -74,6 +74,7 @@ CREATE TABLE IF NOT EXISTS jobs.tb_workflow_run (
     correlation_id   text,
     tenant_id        text,
     triggered_by     text,
+    traceparent      text,
     error_code       text,
     error_message    text,
     error_retryable  boolean,
@@ -86,6 +87,15 @@ CREATE TABLE IF NOT EXISTS jobs.tb_workflow_run (
     entity_row       jsonb,
     input_data       jsonb
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
+
+-- The span of W3C Trace Context that a run belongs to: a client may set it, and whoever walks the run goes on with the trace.
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'jobs.tb_workflow_run'::regclass AND attname = 'traceparent' AND NOT attisdropped) THEN
+        CALL jobs.pr_patiently('ALTER TABLE jobs.tb_workflow_run ADD COLUMN IF NOT EXISTS traceparent text');
+    END IF;
+END
+$$;
 
 CREATE UNIQUE INDEX IF NOT EXISTS ux_workflow_run_idempotency_key
     ON jobs.tb_workflow_run (coalesce(tenant_id, ''), idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -1233,7 +1243,7 @@ BEGIN
               AND (a.atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)
                   OR a.attname IN ('epoch', 'sequence', 'attempts', 'max_attempts', 'generation', 'retries', 'error_attempts')
                   OR a.atttypid IN ('text'::regtype, 'varchar'::regtype) AND a.attname IN ('service_name', 'operation', 'execution_type', 'entity', 'action',
-                      'entity_schema', 'owner', 'entity_id', 'correlation_id', 'entity_type', 'entity_pk', 'triggered_by', 'tenant_id', 'snapshot', 'error_code'))
+                      'entity_schema', 'owner', 'entity_id', 'correlation_id', 'entity_type', 'entity_pk', 'triggered_by', 'tenant_id', 'traceparent', 'snapshot', 'error_code'))
             ORDER BY a.attnum
         LOOP
             IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = ('jobs.' || t)::regclass AND conname = c.name) THEN
@@ -1278,5 +1288,6 @@ INSERT INTO jobs.tb_schema_version (version, name) VALUES
     (1, '001_multi_execution'),
     (2, '002_limits'),
     (3, '003_alerts'),
-    (4, '004_denials')
+    (4, '004_denials'),
+    (5, '005_traceparent')
 ON CONFLICT DO NOTHING;

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
@@ -18,6 +20,7 @@ import (
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/telemetry"
 )
 
 const (
@@ -41,6 +44,7 @@ type options struct {
 	tenant            string
 	tls               *tls.Config
 	patience          time.Duration
+	tracer            trace.TracerProvider
 	dial              []grpc.DialOption
 }
 
@@ -65,6 +69,11 @@ func WithTenant(tenant string) Option { return func(o *options) { o.tenant = ten
 
 // WithPatience is how long a watch goes on trying to reach the server again.
 func WithPatience(d time.Duration) Option { return func(o *options) { o.patience = d } }
+
+// WithTracerProvider records each call as a span of this provider; without it, of the global one
+// of OpenTelemetry, which records nothing unless the application sets it. The trace of a start's
+// context goes on through the orchestrator and the runners to whatever they call.
+func WithTracerProvider(p trace.TracerProvider) Option { return func(o *options) { o.tracer = p } }
 
 // WithDialOptions adds options of the connection.
 func WithDialOptions(d ...grpc.DialOption) Option {
@@ -119,6 +128,11 @@ func (o *options) dialOptions(address string) ([]grpc.DialOption, error) {
 		grpc.WithUserAgent("specql-go"),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 	}
+	tracing := []otelgrpc.Option{otelgrpc.WithPropagators(telemetry.Propagator())}
+	if o.tracer != nil {
+		tracing = append(tracing, otelgrpc.WithTracerProvider(o.tracer))
+	}
+	dial = append(dial, grpc.WithStatsHandler(otelgrpc.NewClientHandler(tracing...)))
 	if o.token != "" || o.tenant != "" {
 		dial = append(dial, grpc.WithPerRPCCredentials(caller{token: o.token, tenant: o.tenant, plaintext: transport.Info().SecurityProtocol == "insecure"}))
 	}

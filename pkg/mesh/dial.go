@@ -9,6 +9,9 @@ import (
 	"time"
 
 	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
+	noopmetric "go.opentelemetry.io/otel/metric/noop"
+	"go.opentelemetry.io/otel/trace"
+	nooptrace "go.opentelemetry.io/otel/trace/noop"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
@@ -26,6 +29,8 @@ type DialOptions struct {
 	ServerRole string
 	// MaxMessageBytes bounds a message; DefaultMaxMessageBytes if zero.
 	MaxMessageBytes int
+	// TracerProvider records the calls; none if nil. Trace context is sent in any case.
+	TracerProvider trace.TracerProvider
 	// DialOptions are added at the end.
 	DialOptions []grpc.DialOption
 }
@@ -70,7 +75,7 @@ func Dial(target string, c *Credentials, o DialOptions) (*grpc.ClientConn, error
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
 			MinConnectTimeout: 5 * time.Second,
 		}),
-		grpc.WithStatsHandler(otelgrpc.NewClientHandler(otelgrpc.WithPropagators(telemetry.Propagator()))),
+		grpc.WithStatsHandler(otelgrpc.NewClientHandler(traced(o.TracerProvider)...)),
 		grpc.WithChainUnaryInterceptor(unaryFault),
 		grpc.WithChainStreamInterceptor(streamFault),
 	}
@@ -79,6 +84,14 @@ func Dial(target string, c *Credentials, o DialOptions) (*grpc.ClientConn, error
 		return nil, fmt.Errorf("dial %s: %w", target, err)
 	}
 	return conn, nil
+}
+
+// traced are the options of a stats handler.
+func traced(p trace.TracerProvider, more ...otelgrpc.Option) []otelgrpc.Option {
+	if p == nil {
+		p = nooptrace.NewTracerProvider()
+	}
+	return append(more, otelgrpc.WithTracerProvider(p), otelgrpc.WithMeterProvider(noopmetric.NewMeterProvider()), otelgrpc.WithPropagators(telemetry.Propagator()))
 }
 
 func unaryFault(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {

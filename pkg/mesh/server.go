@@ -12,6 +12,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
@@ -19,8 +20,6 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/stats"
-
-	"github.com/specql/mesh/pkg/telemetry"
 )
 
 // DefaultMaxMessageBytes bounds a message in both directions where nothing else is said.
@@ -44,6 +43,8 @@ type ServerOptions struct {
 	DrainTimeout time.Duration
 	// Registerer takes the metrics; none if nil.
 	Registerer prometheus.Registerer
+	// TracerProvider records the calls; none if nil. Trace context is taken over in any case.
+	TracerProvider trace.TracerProvider
 	// ServerOptions are added at the end; interceptors among them run inside those of the server.
 	ServerOptions []grpc.ServerOption
 }
@@ -65,10 +66,9 @@ func NewServer(c *Credentials, o ServerOptions) *Server {
 	options := []grpc.ServerOption{
 		grpc.ChainUnaryInterceptor(g.unary),
 		grpc.ChainStreamInterceptor(g.stream),
-		grpc.StatsHandler(otelgrpc.NewServerHandler(
-			otelgrpc.WithPropagators(telemetry.Propagator()),
+		grpc.StatsHandler(otelgrpc.NewServerHandler(traced(o.TracerProvider,
 			otelgrpc.WithFilter(func(i *stats.RPCTagInfo) bool { return !open(i.FullMethodName) }),
-		)),
+		)...)),
 		grpc.MaxRecvMsgSize(limit),
 		grpc.MaxSendMsgSize(limit),
 		grpc.MaxConcurrentStreams(10_000),

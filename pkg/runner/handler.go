@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -50,6 +51,8 @@ type Options struct {
 	Version string
 	// Registerer takes the metrics; none if nil.
 	Registerer prometheus.Registerer
+	// TracerProvider records what the runner does; nil records nothing.
+	TracerProvider trace.TracerProvider
 	// DrainTimeout is how long running jobs may go on after the end was asked for, before
 	// they are handed back; 30 s if zero.
 	DrainTimeout time.Duration
@@ -358,6 +361,7 @@ func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration, at
 	defer h.mu.Unlock()
 	h.prune()
 	if j, ok := h.jobs[asked.ID]; ok {
+		trace.SpanFromContext(ctx).AddLink(trace.Link{SpanContext: j.span})
 		sub, err := h.attach(j, asked, lease)
 		if sub != nil || err != nil {
 			return j, sub, true, err
@@ -382,15 +386,29 @@ func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration, at
 	j := &job{job: asked, feed: &feed{}, epoch: asked.Epoch, running: true}
 	j.sink = &sink{feed: j.feed, mask: &masker{}}
 	// The job outlives the stream if it has a lease; it keeps the stream's trace.
-	ctx, j.cancel = context.WithCancelCause(telemetry.With(context.WithoutCancel(ctx),
-		slog.String("run_id", asked.RunID), slog.String("job_id", asked.ID)))
+	attrs := []slog.Attr{slog.String("run_id", asked.RunID), slog.String("job_id", asked.ID)}
+	if asked.TenantID != "" {
+		attrs = append(attrs, slog.String("tenant_id", asked.TenantID))
+	}
+	ctx, j.cancel = context.WithCancelCause(telemetry.With(context.WithoutCancel(ctx), attrs...))
+	ctx, span := telemetry.Start(ctx, "job")
+	if span.IsRecording() {
+		span.SetAttributes(
+			telemetry.RunID.String(asked.RunID), telemetry.JobID.String(asked.ID), telemetry.TenantID.String(asked.TenantID), telemetry.Attempt.Int(asked.Attempt),
+			telemetry.Service.String(asked.Service.Name), telemetry.Operation.String(asked.Operation.Name), telemetry.ExecutionType.String(asked.Service.ExecutionType),
+		)
+	}
+	j.span = trace.SpanContextFromContext(ctx)
 	h.jobs[asked.ID] = j
 	h.inFlight++
 	h.gauge.Inc()
 	h.work.Add(1)
 	h.hold(j, lease)
 	sub := j.feed.subscribe()
-	go h.run(ctx, j)
+	go func() {
+		defer span.End()
+		h.run(ctx, j)
+	}()
 	return j, sub, false, nil
 }
 
@@ -498,6 +516,7 @@ func (h *Handler) run(ctx context.Context, j *job) {
 	outcome := "completed"
 	if failure != nil {
 		outcome = string(failure.Code)
+		telemetry.Fail(trace.SpanFromContext(ctx), failure.Code)
 		if failure.Code == fault.Internal {
 			h.log.LogAttrs(ctx, slog.LevelError, "job failed", slog.String("service", j.job.Service.Name),
 				slog.String("error", fin.GetError().GetMessage()), slog.String("cause", j.sink.clean(causeText(failure), maxErrorText)))

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -26,6 +27,7 @@ type job struct {
 	feed   *feed
 	sink   *sink
 	cancel context.CancelCauseFunc
+	span   trace.SpanContext
 
 	// The rest is guarded by Handler.mu.
 	epoch   int64

@@ -85,6 +85,7 @@ type settings struct {
 	version         bool
 	build           *Env
 	credentials     *mesh.Credentials
+	tracing         *telemetry.Tracing
 }
 
 func (p program) run(ctx context.Context, args []string) int {
@@ -151,6 +152,9 @@ func (p program) settings(args []string) (*settings, error) {
 		return nil, err
 	}
 	s.build = &Env{Logger: telemetry.NewLogger(p.out, s.level, s.format).With("service", p.name), PolicyJSON: policy, Flags: fs}
+	if s.tracing, err = telemetry.NewTracing(context.Background(), p.name, version(), s.build.Logger); err != nil {
+		return nil, fmt.Errorf("traces: %w", err)
+	}
 	return &s, nil
 }
 
@@ -192,6 +196,11 @@ func (s *settings) check(fs *pflag.FlagSet) error {
 
 func (p program) serve(ctx context.Context, s *settings) (err error) {
 	log := s.build.Logger
+	defer func() {
+		if cerr := s.tracing.Close(); cerr != nil {
+			log.Warn("traces", "error", cerr)
+		}
+	}()
 	jr, err := p.build(ctx, s.build)
 	if err != nil {
 		return fmt.Errorf("start: %w", err)
@@ -237,7 +246,7 @@ func (p program) serve(ctx context.Context, s *settings) (err error) {
 	}
 	log.Info("ready", "address", lis.Addr().String(), "version", version(), "max_concurrency", s.concurrency, "tls", s.credentials != nil)
 	err = Serve(ctx, lis, jr, s.credentials, Options{
-		MaxConcurrency: s.concurrency, Logger: log, Version: version(), Registerer: registry,
+		MaxConcurrency: s.concurrency, Logger: log, Version: version(), Registerer: registry, TracerProvider: s.tracing.Provider(),
 		// Zero would mean the default.
 		DrainTimeout: max(s.drain, time.Millisecond),
 	})

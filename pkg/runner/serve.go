@@ -23,7 +23,7 @@ func Serve(ctx context.Context, lis net.Listener, jr JobRunner, tls *mesh.Creden
 	}
 	log := telemetry.OrDiscard(o.Logger)
 	s := mesh.NewServer(tls, mesh.ServerOptions{
-		Logger: log, AllowedRoles: []string{mesh.RoleOrchestrator}, Registerer: o.Registerer, DrainTimeout: flushTimeout,
+		Logger: log, AllowedRoles: []string{mesh.RoleOrchestrator}, Registerer: o.Registerer, TracerProvider: o.TracerProvider, DrainTimeout: flushTimeout,
 	})
 	h := Register(s, jr, o)
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))

@@ -93,7 +93,6 @@ func (h *contextHandler) WithGroup(name string) slog.Handler {
 	return &contextHandler{h.Handler.WithGroup(name)}
 }
 
-// Propagator carries trace context and baggage as W3C headers.
-func Propagator() propagation.TextMapPropagator {
-	return propagation.NewCompositeTextMapPropagator(propagation.TraceContext{}, propagation.Baggage{})
-}
+// Propagator carries trace context as W3C headers. It carries no baggage: nothing here reads what
+// clients put there, and it would go on to whoever is called.
+func Propagator() propagation.TextMapPropagator { return propagation.TraceContext{} }

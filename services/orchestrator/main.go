@@ -93,11 +93,22 @@ func run() int {
 		return 2
 	}
 	memory.AllowGarbage(garbage)
+	tracing, err := telemetry.NewTracing(ctx, "orchestrator", o.Version, o.Logger)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "orchestrator: %v\n", err)
+		return 2
+	}
+	if tracing != nil {
+		o.TracerProvider = tracing.Provider()
+	}
 	if err := listen(ctx, &s, &o); err != nil {
 		o.Logger.Error("ended", "error", err)
 		return 1
 	}
 	err = server.Run(ctx, o)
+	if cerr := tracing.Close(); cerr != nil {
+		o.Logger.Warn("traces", "error", cerr)
+	}
 	var invalid *server.InvalidError
 	switch {
 	case errors.As(err, &invalid):

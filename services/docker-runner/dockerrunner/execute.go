@@ -19,6 +19,7 @@ import (
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/runner/cgroup"
+	"github.com/specql/mesh/pkg/telemetry"
 )
 
 const (
@@ -79,7 +80,10 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 
 // run carries the job out. Nothing that it made is left when it returns.
 func (a *attempt) run(ctx context.Context) (json.RawMessage, error) {
-	if err := a.configure(); err != nil {
+	_, check := telemetry.Start(ctx, "policy check")
+	err := a.configure()
+	check.End()
+	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := a.bound(ctx)
@@ -204,6 +208,9 @@ func (a *attempt) runBounded(ctx context.Context) (json.RawMessage, error) {
 	if err := a.acquire(e, mounts); err != nil {
 		return nil, err
 	}
+	// The container goes on with this span's trace.
+	ctx, remote := telemetry.Start(ctx, "remote")
+	defer remote.End()
 	spec, err := a.spec(ctx, e, img, mounts)
 	if err != nil {
 		return nil, err

@@ -13,12 +13,15 @@ import (
 	"strings"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/net/http/httpguts"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/pkg/telemetry"
 )
 
 const (
@@ -76,33 +79,58 @@ func (c *call) run(ctx context.Context) (json.RawMessage, *fault.Error) {
 	}
 	renewed := false
 	for hop := 0; ; {
-		if err := c.plan.policy.check(c.checks, m.target, c.plan.base.target.host); err != nil {
-			return nil, err
-		}
-		res, reused, err := c.exchange(ctx, m)
+		_, check := telemetry.Start(ctx, "policy check")
+		err := c.plan.policy.check(c.checks, m.target, c.plan.base.target.host)
+		check.End()
 		if err != nil {
 			return nil, err
 		}
-		if res.StatusCode == http.StatusUnauthorized && reused && !renewed {
-			// The token was taken back before its time: one new one, then the verdict stands.
-			discard(res)
-			renewed, c.refused = true, c.token
+		next, output, err := c.hop(ctx, m, &renewed)
+		if err != nil || next == nil {
+			return output, err
+		}
+		if next == m {
 			continue
 		}
-		next, err := c.redirect(m, res)
-		if err != nil {
-			discard(res)
-			return nil, err
-		}
-		if next == nil {
-			return c.finish(ctx, m, res)
-		}
-		discard(res)
 		if hop++; hop > maxRedirects {
 			return nil, fault.New(fault.RemoteError, "%s %s: more than %d redirects", m.method, withoutSecrets(m.url), maxRedirects)
 		}
 		m = next
 	}
+}
+
+// hop makes one request, in a span of its own, and gives the one that follows it, which is the
+// same one where the target wants another token, or the output.
+func (c *call) hop(ctx context.Context, m *message, renewed *bool) (next *message, output json.RawMessage, ferr *fault.Error) {
+	ctx, span := telemetry.Start(ctx, "remote", trace.WithSpanKind(trace.SpanKindClient))
+	if span.IsRecording() {
+		span.SetAttributes(attribute.String("http.request.method", m.method), attribute.String("server.address", m.target.host))
+		defer func() {
+			if c.status != 0 {
+				span.SetAttributes(attribute.Int("http.response.status_code", c.status))
+			}
+			if ferr != nil {
+				telemetry.Fail(span, ferr.Code)
+			}
+			span.End()
+		}()
+	}
+	res, reused, ferr := c.exchange(ctx, m)
+	if ferr != nil {
+		return nil, nil, ferr
+	}
+	if res.StatusCode == http.StatusUnauthorized && reused && !*renewed {
+		// The token was taken back before its time: one new one, then the verdict stands.
+		discard(res)
+		*renewed, c.refused = true, c.token
+		return m, nil, nil
+	}
+	if next, ferr = c.redirect(m, res); ferr != nil || next != nil {
+		discard(res)
+		return next, nil, ferr
+	}
+	output, ferr = c.finish(ctx, m, res)
+	return nil, output, ferr
 }
 
 // compose makes the first request from the input.

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sync/errgroup"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
@@ -76,7 +77,9 @@ type Options struct {
 	// DrainTimeout is how long running jobs may take to end after ctx ended. 0 means 10 s.
 	DrainTimeout time.Duration
 	Logger       *slog.Logger
-	Version      string
+	// TracerProvider records what the orchestrator does; nil records nothing.
+	TracerProvider trace.TracerProvider
+	Version        string
 	// Ready, if set, is called once the API answers.
 	Ready func(Addresses)
 }
@@ -133,7 +136,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	closers.add(journal.Close)
 	var eng *engine.Engine
 	dispatcher, err := dispatch.New(dispatch.Options{
-		Runners: o.Runners, Credentials: o.RunnerCredentials, Logger: o.Logger,
+		Runners: o.Runners, Credentials: o.RunnerCredentials, Logger: o.Logger, TracerProvider: o.TracerProvider,
 		Renew: func() bool { return eng.Renew() }, // nothing is dispatched before there is an engine
 	})
 	if err != nil {
@@ -152,7 +155,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	in := &intake.Intake{Registry: reg, Rows: st}
 	eng = engine.New(engine.Options{
 		Journal: journal, Store: st, Plans: reg, Dispatcher: dispatcher, Clock: clock, Logger: o.Logger,
-		Owner: owner.String(), Intake: in, Refresh: reg.Refresh, Retain: o.Retain, MaxRuns: o.MaxRuns, Observer: m,
+		Owner: owner.String(), Intake: in, Refresh: reg.Refresh, Retain: o.Retain, MaxRuns: o.MaxRuns, Observer: m, TracerProvider: o.TracerProvider,
 	})
 	m.walking(eng.Walking)
 	drain := cmp.Or(o.DrainTimeout, 10*time.Second)
@@ -163,7 +166,7 @@ func Run(ctx context.Context, o Options) (err error) {
 		return nil
 	})
 
-	srv := mesh.NewServer(o.Credentials, mesh.ServerOptions{Logger: o.Logger, Registerer: m.registry, ServerOptions: api.Interceptors()})
+	srv := mesh.NewServer(o.Credentials, mesh.ServerOptions{Logger: o.Logger, Registerer: m.registry, TracerProvider: o.TracerProvider, ServerOptions: api.Interceptors()})
 	specqlv1.RegisterOrchestratorServiceServer(srv, &api.Orchestrator{Engine: eng, Store: st, Registry: reg, Intake: in, Logger: o.Logger})
 	specqlv1.RegisterRegistryServiceServer(srv, &api.Registry{Registry: reg, Runners: dispatcher, Types: st, Refresh: eng.Refreshed, Logger: o.Logger})
 	specqlv1.RegisterInsightServiceServer(srv, &api.Insight{Store: st, Alerts: st, Registry: reg, Checkers: dispatcher})

@@ -17,10 +17,12 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/service/lambda"
 	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/trace"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/pkg/telemetry"
 )
 
 // usageSource is the source of all figures but the duration.
@@ -253,7 +255,10 @@ func (r *Runner) execute(ctx context.Context, c *call) (json.RawMessage, error) 
 		return nil, fault.Wrap(err, fault.Validation, "%v", err)
 	}
 	c.target = to
-	if err := c.policy.authorize(c.config, c.target, c.checks); err != nil {
+	_, check := telemetry.Start(ctx, "policy check")
+	err = c.policy.authorize(c.config, c.target, c.checks)
+	check.End()
+	if err != nil {
 		return nil, err
 	}
 	if err := c.checkInput(); err != nil {
@@ -270,6 +275,9 @@ func (r *Runner) execute(ctx context.Context, c *call) (json.RawMessage, error) 
 	}
 	defer func() { done(c.invoked, c.costUSD) }()
 
+	// The function goes on with this span's trace.
+	ctx, remote := telemetry.Start(ctx, "remote", trace.WithSpanKind(trace.SpanKindClient))
+	defer remote.End()
 	carrier := propagation.MapCarrier{}
 	propagation.TraceContext{}.Inject(ctx, carrier)
 	c.traceparent = carrier.Get("traceparent")

@@ -18,6 +18,7 @@ import (
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/runner/cgroup"
+	"github.com/specql/mesh/pkg/telemetry"
 	"github.com/specql/mesh/services/shell-runner/internal/sandbox"
 )
 
@@ -79,10 +80,15 @@ type attempt struct {
 
 // run carries the job out; whatever it started is gone when it returns.
 func (a *attempt) run(ctx context.Context) (output []byte, err error) {
+	_, check := telemetry.Start(ctx, "policy check")
 	plan, err := a.prepare(ctx)
+	check.End()
 	if err != nil {
 		return nil, err
 	}
+	// The command goes on with this span's trace.
+	ctx, remote := telemetry.Start(ctx, "remote")
+	defer remote.End()
 	if limit := a.policy.Limits.TimeoutSeconds; limit > 0 {
 		d := time.Duration(limit * float64(time.Second))
 		var cancel context.CancelFunc

@@ -11,11 +11,13 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/specql/mesh/cmd/specql/internal/jsonform"
 	"github.com/specql/mesh/cmd/specql/internal/terminal"
 	"github.com/specql/mesh/pkg/config"
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/telemetry"
 )
 
 // Exit statuses.
@@ -31,6 +33,8 @@ type IO struct {
 	Out, Err  io.Writer
 	LookupEnv func(string) (string, bool)
 	Version   string
+
+	tracing *telemetry.Tracing // nil records nothing
 }
 
 func (s IO) getenv(name string) string {
@@ -72,9 +76,18 @@ var errShown = &exitError{status: Failed}
 
 // Execute runs the command that the arguments name and returns the exit status.
 func Execute(ctx context.Context, s IO, args []string) int {
+	tracing, err := telemetry.NewTracing(ctx, "specql", s.Version, telemetry.NewLogger(s.Err, "warn", "text"))
+	if err != nil {
+		s.say("specql: %s", terminalLines(err.Error()))
+		return Misuse
+	}
+	s.tracing = tracing
 	root := newRoot(s)
 	root.SetArgs(spread(args))
 	cmd, err := root.ExecuteContextC(ctx)
+	if cerr := tracing.Close(); cerr != nil {
+		s.say("specql: %s", terminalLines(cerr.Error()))
+	}
 	if err == nil {
 		return Done
 	}
@@ -140,6 +153,7 @@ func newRoot(s IO) *cobra.Command {
 		newGenerateSchema(s), newMigrateSchema(s), newValidateSchema(s), newCheckPermissions(s), newExecutionTypes(s), newRollback(s), newLoadTest(s), newBenchmark(s), newResourceCheck(s), newSecurityAudit(s), newDoctor(s), newAlerts(s),
 	)
 	for _, c := range descendants(root) {
+		s.trace(c)
 		if args := c.Args; args != nil {
 			c.Args = func(cmd *cobra.Command, a []string) error {
 				if err := args(cmd, a); err != nil {
@@ -150,6 +164,24 @@ func newRoot(s IO) *cobra.Command {
 		}
 	}
 	return root
+}
+
+// trace makes a span of each call of a command that talks to a server.
+func (s IO) trace(c *cobra.Command) {
+	run := c.RunE
+	if run == nil || s.tracing == nil || c.Flags().Lookup("address") == nil {
+		return
+	}
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		ctx, span := telemetry.StartAs(cmd.Context(), s.tracing.Provider(), trace.SpanContext{}, cmd.CommandPath())
+		defer span.End()
+		cmd.SetContext(ctx)
+		err := run(cmd, args)
+		if f, ok := fault.As(err); ok {
+			telemetry.Fail(span, f.Code)
+		}
+		return err
+	}
 }
 
 func descendants(c *cobra.Command) []*cobra.Command {

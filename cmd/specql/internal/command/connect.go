@@ -46,7 +46,7 @@ func (c *connection) dial(s IO) (*client.Client, error) {
 	case c.cert != "" && c.ca == "":
 		return nil, misuse("--tls-cert needs --ca, the CA that the server's certificate is checked against")
 	}
-	var opts []client.Option
+	opts := []client.Option{client.WithTracerProvider(s.tracing.Provider())}
 	if c.cert != "" {
 		opts = append(opts, client.WithCertificate(c.cert, c.key))
 	}

@@ -15,9 +15,12 @@ import (
 	"syscall"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/spec"
+	"github.com/specql/mesh/pkg/telemetry"
 	"github.com/specql/mesh/services/orchestrator/server"
 )
 
@@ -87,14 +90,20 @@ func Run(ctx context.Context, o Options, ready func(Ready)) (err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	group := &group{cancel: cancel}
-	addresses, err := startRunners(runnersCtx, o, authority, group)
+	traces := &traces{o: o}
+	defer traces.close()
+	addresses, err := startRunners(runnersCtx, o, authority, group, traces)
+	var provider trace.TracerProvider
+	if err == nil {
+		provider, err = traces.of(ctx, "orchestrator")
+	}
 	if err == nil {
 		err = server.Run(ctx, server.Options{
 			Listener: api, Console: console,
 			Database: o.Database,
 			Registry: &o.Registry, Entities: o.Entities, Alerts: o.Alerts, Env: o.Env, LookupEnv: os.LookupEnv,
 			Runners: addresses, RunnerCredentials: credentials,
-			DrainTimeout: o.DrainTimeout, Logger: o.Logger, Version: o.Version,
+			DrainTimeout: o.DrainTimeout, Logger: o.Logger, TracerProvider: provider, Version: o.Version,
 			Ready: func(a server.Addresses) {
 				ready(Ready{API: a.API, Console: a.Console, Runners: addresses})
 			},
@@ -104,6 +113,31 @@ func Run(ctx context.Context, o Options, ready func(Ready)) (err error) {
 	}
 	endRunners()
 	return errors.Join(err, group.wait())
+}
+
+// traces are those of the services, each under its own name.
+type traces struct {
+	o   Options
+	all []*telemetry.Tracing
+}
+
+// of gives the provider of a service; nil where nothing is to be recorded.
+func (t *traces) of(ctx context.Context, service string) (trace.TracerProvider, error) {
+	tracing, err := telemetry.NewTracing(ctx, service, t.o.Version, t.o.Logger)
+	if err != nil || tracing == nil {
+		return nil, err
+	}
+	t.all = append(t.all, tracing)
+	return tracing.Provider(), nil
+}
+
+// close exports the last spans.
+func (t *traces) close() {
+	for _, tracing := range t.all {
+		if err := tracing.Close(); err != nil {
+			t.o.Logger.Warn("traces", slog.Any("error", err))
+		}
+	}
 }
 
 // group runs parts that all end when one fails.
@@ -131,7 +165,7 @@ func (g *group) wait() error {
 	return g.err
 }
 
-func startRunners(ctx context.Context, o Options, authority *mesh.Authority, g *group) (map[string]string, error) {
+func startRunners(ctx context.Context, o Options, authority *mesh.Authority, g *group, traces *traces) (map[string]string, error) {
 	addresses := map[string]string{}
 	all, err := builtIn(o.Logger, o.Data)
 	if err != nil {
@@ -147,11 +181,16 @@ func startRunners(ctx context.Context, o Options, authority *mesh.Authority, g *
 			closeAll(all[i:])
 			return nil, err
 		}
+		provider, err := traces.of(ctx, r.Role)
+		if err != nil {
+			closeAll(all[i:])
+			return nil, errors.Join(err, lis.Close())
+		}
 		addresses[r.Type] = lis.Addr().String()
 		g.run(r.Role, func() error {
 			defer r.Close()
 			return runner.Serve(ctx, lis, r.JobRunner, creds, runner.Options{
-				Logger: o.Logger.With(slog.String("service", r.Role)), Version: o.Version, DrainTimeout: time.Second,
+				Logger: o.Logger.With(slog.String("service", r.Role)), TracerProvider: provider, Version: o.Version, DrainTimeout: time.Second,
 			})
 		})
 	}

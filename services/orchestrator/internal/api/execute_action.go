@@ -5,9 +5,12 @@ import (
 	"errors"
 	"sync"
 
+	"go.opentelemetry.io/otel/trace"
+
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/mesh"
+	"github.com/specql/mesh/pkg/telemetry"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -26,6 +29,7 @@ func (o *Orchestrator) ExecuteAction(ctx context.Context, req *specqlv1.ExecuteA
 	start, err := o.Intake.Prepare(ctx, &intake.Request{
 		Workflow: req.GetWorkflow(), Entity: req.GetEntity(), Action: req.GetAction(), EntityID: req.GetEntityId(), Input: req.GetInput().AsMap(),
 		IdempotencyKey: req.GetIdempotencyKey(), CorrelationID: req.GetCorrelationId(), Subject: subject(ctx),
+		Traceparent: telemetry.Traceparent(trace.SpanContextFromContext(ctx)),
 	})
 	if err != nil {
 		// What the first request with the key asked for may not be valid any more; its run is there.

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -23,6 +24,7 @@ import (
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/mesh"
+	"github.com/specql/mesh/pkg/telemetry"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
 )
 
@@ -64,6 +66,8 @@ type Options struct {
 	// Credentials are shown to runners; nil is plaintext, on loopback alone.
 	Credentials *mesh.Credentials
 	Logger      *slog.Logger
+	// TracerProvider records the calls of runners; nil records nothing.
+	TracerProvider trace.TracerProvider
 	// Renew is asked before each renewal of a lease, and before a job is sent, whether this
 	// orchestrator still owns its runs; it must not block. While it says no, nothing is renewed
 	// and nothing begun, so that runners end what they run. Nil is always yes.
@@ -105,7 +109,7 @@ func New(o Options) (*Dispatcher, error) {
 	}
 	d := &Dispatcher{o: o, runners: map[string]*target{}}
 	for executionType, address := range o.Runners {
-		conn, err := mesh.Dial(address, o.Credentials, mesh.DialOptions{ServerRole: builtIn[executionType]})
+		conn, err := mesh.Dial(address, o.Credentials, mesh.DialOptions{ServerRole: builtIn[executionType], TracerProvider: o.TracerProvider})
 		if err != nil {
 			d.Close()
 			return nil, fmt.Errorf("runner %s: %w", executionType, err)
@@ -233,7 +237,9 @@ func (d *Dispatcher) Execute(ctx context.Context, c *engine.Call, sink engine.Lo
 	}
 	a := &attempt{d: d, t: t, call: c, sink: sink}
 	began := time.Now()
+	_, a.queue = telemetry.Start(ctx, "queue")
 	out := a.carry(ctx, began)
+	a.queue.End() // where no runner began the job
 	if !a.startedAt.IsZero() {
 		out.Queued = a.startedAt.Sub(began)
 	}
@@ -295,6 +301,7 @@ type attempt struct {
 	silentAt time.Time
 	// startedAt is when a runner said first that it had begun the job.
 	startedAt time.Time
+	queue     trace.Span // until then
 }
 
 // begin sends the job to one replica, and follows it.
@@ -327,7 +334,7 @@ func (a *attempt) find(ctx context.Context, lost *engine.Outcome, why next) (*en
 		case left <= 0 && why == unsure:
 			return lost, unreached
 		case left <= 0:
-			a.d.o.Logger.Warn("a runner was lost in the middle of a job", "execution_type", a.t.executionType, "job_id", a.call.Job.ID, "error", lost.Err)
+			a.d.o.Logger.WarnContext(ctx, "a runner was lost in the middle of a job", "execution_type", a.t.executionType, "job_id", a.call.Job.ID, "error", lost.Err)
 			return lost, ended
 		}
 		if a.d.o.Renew() {
@@ -439,6 +446,7 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 			b.started = true
 			if a.startedAt.IsZero() {
 				a.startedAt = time.Now()
+				a.queue.End()
 			}
 			notStarted.Stop()
 		case *runnerv1.ExecuteResponse_Log:

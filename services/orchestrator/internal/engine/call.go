@@ -36,6 +36,8 @@ type Outcome struct {
 	Again, LimitsChanged bool
 	// Queued is how long it was until a runner began the attempt; 0 where none did.
 	Queued time.Duration
+	// took is how long it was in all; the engine measures it.
+	took time.Duration
 }
 
 // call carries out a call, or takes its recorded result, and then what follows it.
@@ -103,11 +105,18 @@ func (r *run) job(ctx context.Context, n *plan.Call, f *frame, key string) (*sto
 	}
 	if job.Status.Final() {
 		r.noteJob(job, true)
-		r.e.jobEnded(ctx, job, 0)
+		r.refusedJob(ctx, job)
 		return job, r.flush(ctx)
 	}
 	r.noteJob(job, true)
 	return r.attempts(ctx, n, job)
+}
+
+// refusedJob tells of a job that ended without an attempt.
+func (r *run) refusedJob(ctx context.Context, job *store.Job) {
+	_, span := r.startCall(ctx, job)
+	endCall(span, job)
+	r.e.jobEnded(ctx, job, 0)
 }
 
 // maxAttempts bounds what a client may write into a row.
@@ -130,7 +139,7 @@ func (r *run) adopt(ctx context.Context, n *plan.Call, f *frame, key string, row
 	}
 	r.noteJob(job, true)
 	if job.Status.Final() {
-		r.e.jobEnded(ctx, job, 0)
+		r.refusedJob(ctx, job)
 		return job, r.flush(ctx)
 	}
 	job.Attempts += min(max(row.Attempts, 0), maxAttempts)
@@ -257,9 +266,11 @@ func (r *run) resumeJob(ctx context.Context, n *plan.Call, job *store.Job) (*sto
 // attempts makes the job's attempts until one ends it. What was noted before the first is
 // durable before it begins.
 func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*store.Job, error) {
+	ctx, span := r.startCall(ctx, job)
 	usage := restoreUsage(job)
 	defer func() {
 		if job.Status.Final() {
+			endCall(span, job)
 			r.e.jobEnded(ctx, job, usage.GetCostUsd())
 		}
 	}()
@@ -287,13 +298,10 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 			r.noteJob(job, false)
 			return job, nil
 		}
-		began := r.e.Clock.Now()
 		snapshot := *job
 		out := &Outcome{Err: refused, Unused: true}
 		if refused == nil {
-			r.e.Observer.AttemptBegan(job.ExecutionType)
-			out = r.e.Dispatcher.Execute(ctx, &Call{Job: &snapshot, Node: n, Epoch: r.epoch(), Subject: job.TriggeredBy, Reserved: slot.reserved()},
-				func(line int64, stream, text string, at time.Time) { r.log(&snapshot, line, stream, text, at) })
+			out = r.dispatch(ctx, n, &snapshot, slot.reserved())
 		}
 		slot.end(r, out)
 		if changed = out.LimitsChanged; out.Again && context.Cause(ctx) == nil {
@@ -305,18 +313,11 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 			}
 		}
 		again = 0
-		took := r.e.Clock.Now().Sub(began)
-		if refused == nil {
-			r.e.Observer.AttemptEnded(ctx, job.ExecutionType, out.Queued, took)
-		}
-		usage = addUsage(usage, out.Usage, took, job.Attempts)
+		usage = addUsage(usage, out.Usage, out.took, job.Attempts)
 		job.ResourceUsage = protoJSON(usage)
 		r.denied(ctx, n, job, out)
 		if out.Security != nil {
 			job.SecurityContext = protoJSON(out.Security)
-		}
-		if out.Err == nil {
-			out.Err = r.checkOutput(n, out.Output)
 		}
 		if out.Err == nil {
 			job.Status, job.Output, job.Err, job.CompletedAt = store.Completed, out.Output, nil, r.e.Clock.Now()
@@ -350,6 +351,11 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 			r.noteJob(job, false) // the record that takes the slot says that the attempt begins
 		}
 	}
+}
+
+// sink takes the lines of an attempt.
+func (r *run) sink(job *store.Job) LogSink {
+	return func(line int64, stream, text string, at time.Time) { r.log(job, line, stream, text, at) }
 }
 
 func (r *run) epoch() int64 {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/services/orchestrator/internal/plan"
@@ -182,6 +183,8 @@ type Options struct {
 	MaxRuns int
 	// Observer is told of what happens, for metrics. May be nil.
 	Observer Observer
+	// TracerProvider records what runs do; nil records nothing.
+	TracerProvider trace.TracerProvider
 }
 
 // Engine walks runs.
@@ -245,6 +248,8 @@ type StartRequest struct {
 	CorrelationID  string
 	TenantID       string
 	Subject        string
+	// Traceparent is the span that the run belongs to; empty for none.
+	Traceparent string
 	// Adopt is the pending job, inserted by SQL, that is the plan's only call; nil for none.
 	Adopt *store.Job
 }
@@ -274,7 +279,7 @@ func (e *Engine) newRow(req *StartRequest) (*store.Run, error) {
 	return &store.Run{
 		ID: id.String(), Action: req.Action, EntityID: req.EntityID, Status: store.Pending,
 		Snapshot: req.Snapshot, IdempotencyKey: req.IdempotencyKey, CorrelationID: req.CorrelationID,
-		TenantID: req.TenantID, Subject: req.Subject, Owner: e.owner(), Epoch: 1, CreatedAt: e.Clock.Now(),
+		TenantID: req.TenantID, Subject: req.Subject, Traceparent: req.Traceparent, Owner: e.owner(), Epoch: 1, CreatedAt: e.Clock.Now(),
 	}, nil
 }
 
@@ -334,6 +339,7 @@ func (e *Engine) begin(ctx context.Context, req *StartRequest) (*store.Run, erro
 	row.Status, row.StartedAt = store.Running, row.CreatedAt
 	r := newRun(e, row, req.Plan)
 	r.input, r.entityRow, r.whole = input, entityRow, true
+	r.startTrace(ctx)
 	if req.Adopt != nil {
 		j := *req.Adopt
 		j.Adopted, j.RunID, j.StepPath = true, row.ID, req.Plan.Calls()[0].Path()

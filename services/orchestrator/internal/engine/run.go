@@ -10,10 +10,10 @@ import (
 	"sync"
 	"time"
 
-	"github.com/google/uuid"
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/telemetry"
 	"github.com/specql/mesh/services/orchestrator/internal/plan"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -38,6 +38,7 @@ type run struct {
 	plan *plan.Plan
 	ctx  context.Context
 	stop context.CancelCauseFunc
+	span trace.Span    // of the run
 	gone chan struct{} // closed when the engine has forgotten the walk
 	// creation ends when nobody waits for the run to be created any more.
 	creation context.Context
@@ -118,24 +119,11 @@ func newRun(e *Engine, row *store.Run, p *plan.Plan) *run {
 		active: map[string]*store.Step{}, results: map[string]*result{}, counts: map[string]int{},
 		signalled: make(chan struct{}), gone: make(chan struct{}), moved: make(chan struct{}), live: 1, refused: map[*store.Job]bool{},
 	}
-	r.ctx, r.stop = context.WithCancelCause(withTrace(e.base, row.ID))
+	r.ctx, r.stop = context.WithCancelCause(e.base)
+	r.span = trace.SpanFromContext(r.ctx)
 	r.creation, r.withdraw = context.WithCancelCause(context.Background())
 	r.next = r.newBatch()
 	return r
-}
-
-// withTrace puts a run's trace on a context: its id is the run's, so that every replay
-// carries on the same trace, and calls carry it to their targets.
-func withTrace(ctx context.Context, runID string) context.Context {
-	id, err := uuid.Parse(runID)
-	if err != nil {
-		return ctx
-	}
-	var span trace.SpanID
-	copy(span[:], id[8:])
-	return trace.ContextWithSpanContext(ctx, trace.NewSpanContext(trace.SpanContextConfig{
-		TraceID: trace.TraceID(id), SpanID: span, TraceFlags: trace.FlagsSampled,
-	}))
 }
 
 func (r *run) newBatch() *batch {
@@ -224,6 +212,7 @@ func (r *run) restore(ctx context.Context, retry bool) error {
 			}
 		}
 	}
+	r.startTrace(ctx)
 	if r.state.CancelRequested {
 		r.stop(&cancelledError{r.state.CancelReason})
 	}
@@ -417,6 +406,8 @@ func (r *run) flush(ctx context.Context) error {
 		}
 	}
 	r.mu.Unlock()
+	_, span := telemetry.Start(ctx, "journal")
+	defer span.End()
 	select {
 	case <-b.done:
 		return b.err
@@ -518,7 +509,7 @@ func (r *run) pump() {
 		r.e.hub.publish(r.id, events...)
 		r.mu.Unlock()
 		if err := r.e.Journal.AppendLogs(r.ctx, lines); err != nil && r.ctx.Err() == nil {
-			r.e.Logger.Warn("log lines were not stored", "run_id", r.id, "lines", len(lines), "error", err)
+			r.e.Logger.WarnContext(r.ctx, "log lines were not stored", "lines", len(lines), "error", err)
 		}
 		r.mu.Lock()
 	}
@@ -643,7 +634,7 @@ func (r *run) end() {
 func (r *run) protect(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			r.e.Logger.Error("a walk panicked", "run_id", r.id, "panic", p, "stack", string(debug.Stack()))
+			r.e.Logger.ErrorContext(r.ctx, "a walk panicked", "panic", p, "stack", string(debug.Stack()))
 			err = fault.New(fault.Internal, "the orchestrator met a defect in this run; its log has the cause")
 		}
 	}()
@@ -700,6 +691,7 @@ func (r *run) conclude(err error) {
 			r.written = r.fatal == nil
 			began := r.state.StartedAt
 			r.mu.Unlock()
+			r.endTrace(change)
 			r.e.Observer.RunEnded(r.ctx, change.Status, change.CompletedAt.Sub(began))
 			return
 		}
@@ -707,7 +699,7 @@ func (r *run) conclude(err error) {
 			return
 		}
 	}
-	r.e.Logger.Error("the end of a run could not be written", "run_id", r.id)
+	r.e.Logger.ErrorContext(r.ctx, "the end of a run could not be written")
 }
 
 // endLeftovers ends the jobs and steps of an earlier walk that this one did not come to,

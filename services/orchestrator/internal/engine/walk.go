@@ -388,6 +388,7 @@ func (r *run) wait(ctx context.Context, n *plan.Wait, f *frame) error {
 	}
 	s.Status, s.CompletedAt = store.Completed, r.e.Clock.Now()
 	r.noteStep(s)
+	r.endStep(ctx, s)
 	return nil
 }
 
@@ -428,6 +429,7 @@ func (r *run) pause(ctx context.Context, s *store.Step, ready func() bool) error
 	if err != nil && !errors.Is(err, errSignal) && !errors.Is(err, ErrHandBack) {
 		s.Status, s.CompletedAt = store.Cancelled, r.e.Clock.Now()
 		r.noteStep(s)
+		r.endStep(ctx, s)
 	}
 	return err
 }
@@ -508,6 +510,7 @@ func (r *run) awaitSignal(ctx context.Context, n *plan.AwaitSignal, f *frame) er
 			})
 		}
 		r.noteStep(s)
+		r.endStep(ctx, s)
 	}
 	switch s.Status {
 	case store.Failed:

@@ -45,9 +45,11 @@ type Request struct {
 	Input    map[string]any
 
 	IdempotencyKey string
-	CorrelationID  string
-	TenantID       string
-	Subject        string
+	// Traceparent is the span that the run belongs to; empty for none.
+	Traceparent   string
+	CorrelationID string
+	TenantID      string
+	Subject       string
 }
 
 // NotFoundError says that there is no such entity, action or row.
@@ -72,7 +74,7 @@ func (e *NotFoundError) Error() string {
 // runs survive this process.
 func (in *Intake) Prepare(ctx context.Context, req *Request) (*engine.StartRequest, error) {
 	start := &engine.StartRequest{
-		Action: req.Action, EntityID: req.EntityID, IdempotencyKey: req.IdempotencyKey,
+		Action: req.Action, EntityID: req.EntityID, IdempotencyKey: req.IdempotencyKey, Traceparent: req.Traceparent,
 		CorrelationID: req.CorrelationID, TenantID: req.TenantID, Subject: req.Subject,
 	}
 	workflow, err := in.choose(req, start)

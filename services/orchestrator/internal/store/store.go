@@ -84,6 +84,8 @@ type Run struct {
 	CorrelationID  string
 	TenantID       string
 	Subject        string
+	// Traceparent is the span that the run belongs to, as in W3C Trace Context; empty for none.
+	Traceparent string
 	// Owner is the orchestrator that walks the run; Epoch grows with each change of owner.
 	Owner string
 	Epoch int64

@@ -16,7 +16,7 @@ import (
 
 const runHeadColumns = `r.id::text, coalesce(r.entity, ''), coalesce(r.action, ''), coalesce(r.entity_schema, ''), coalesce(r.entity_id, ''),
 	r.status, r.owner, r.epoch, r.retries, r.sequence, r.cancel_requested, coalesce(r.cancel_reason, ''), coalesce(r.snapshot, ''),
-	coalesce(r.idempotency_key, ''), coalesce(r.correlation_id, ''), coalesce(r.tenant_id, ''), coalesce(r.triggered_by, ''),
+	coalesce(r.idempotency_key, ''), coalesce(r.correlation_id, ''), coalesce(r.tenant_id, ''), coalesce(r.triggered_by, ''), coalesce(r.traceparent, ''),
 	coalesce(r.error_code, ''), coalesce(r.error_message, ''), coalesce(r.error_retryable, false), coalesce(r.error_attempts, 0),
 	r.created_at, r.started_at, r.completed_at`
 
@@ -32,7 +32,7 @@ func scanRun(row pgx.CollectableRow) (*store.Run, error) {
 	var created, started, completed moment
 	err := row.Scan(&r.ID, &r.Entity, &r.Action, &r.EntitySchema, &r.EntityID,
 		&r.Status, &r.Owner, &r.Epoch, &r.Retries, &r.Sequence, &r.CancelRequested, &r.CancelReason, &r.Snapshot,
-		&r.IdempotencyKey, &r.CorrelationID, &r.TenantID, &r.Subject,
+		&r.IdempotencyKey, &r.CorrelationID, &r.TenantID, &r.Subject, &r.Traceparent,
 		&e.code, &e.message, &e.retryable, &e.attempts, &created, &started, &completed,
 		jsonOf(&r.Output), jsonOf(&r.EntityRow), jsonOf(&r.Input))
 	if err != nil {

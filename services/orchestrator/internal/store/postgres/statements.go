@@ -159,6 +159,7 @@ var runColumns = append([]column[*store.Record]{
 	nullTexts("correlation_id", func(r *store.Record) string { return r.Create.CorrelationID }),
 	nullTexts("tenant_id", func(r *store.Record) string { return r.Create.TenantID }),
 	nullTexts("triggered_by", func(r *store.Record) string { return r.Create.Subject }),
+	nullTexts("traceparent", func(r *store.Record) string { return r.Create.Traceparent }),
 	times("created_at", func(r *store.Record) time.Time { return r.Create.CreatedAt }),
 	times("started_at", func(r *store.Record) time.Time { return r.Create.StartedAt }),
 	times("completed_at", func(r *store.Record) time.Time { return r.Create.CompletedAt }),

@@ -163,14 +163,14 @@ func (a *application) create() error {
 	}
 	_, err := a.exec(`INSERT INTO jobs.tb_workflow_run (
 			id, entity, action, entity_schema, entity_id, status, owner, epoch, retries, sequence,
-			cancel_requested, cancel_reason, snapshot, idempotency_key, correlation_id, tenant_id, triggered_by,
+			cancel_requested, cancel_reason, snapshot, idempotency_key, correlation_id, tenant_id, triggered_by, traceparent,
 			error_code, error_message, error_retryable, error_attempts,
 			created_at, started_at, completed_at, updated_at, output_data, entity_row, input_data)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		r.ID, textValue(r.Entity), textValue(r.Action), textValue(r.EntitySchema), textValue(r.EntityID),
 		string(r.Status), r.Owner, r.Epoch, r.Retries, max(r.Sequence, a.record.Sequence),
 		boolValue(r.CancelRequested), textValue(r.CancelReason), textValue(r.Snapshot), textValue(r.IdempotencyKey),
-		textValue(r.CorrelationID), textValue(r.TenantID), textValue(r.Subject),
+		textValue(r.CorrelationID), textValue(r.TenantID), textValue(r.Subject), textValue(r.Traceparent),
 		e[0], e[1], e[2], e[3],
 		created, timeValue(r.StartedAt), timeValue(r.CompletedAt), a.now,
 		jsonValue(r.Output), jsonValue(r.EntityRow), jsonValue(r.Input))

@@ -17,7 +17,7 @@ type querier interface {
 }
 
 const runHeadColumns = `id, entity, action, entity_schema, entity_id, status, owner, epoch, retries, sequence,
-	cancel_requested, cancel_reason, snapshot, idempotency_key, correlation_id, tenant_id, triggered_by,
+	cancel_requested, cancel_reason, snapshot, idempotency_key, correlation_id, tenant_id, triggered_by, traceparent,
 	error_code, error_message, error_retryable, error_attempts,
 	created_at, started_at, completed_at`
 
@@ -37,7 +37,7 @@ func scanRun(row scanner) (*store.Run, error) {
 	err := row.Scan(&r.ID, textColumn{&r.Entity}, textColumn{&r.Action}, textColumn{&r.EntitySchema}, textColumn{&r.EntityID},
 		&r.Status, &r.Owner, &r.Epoch, &r.Retries, &r.Sequence,
 		&r.CancelRequested, textColumn{&r.CancelReason}, textColumn{&r.Snapshot}, textColumn{&r.IdempotencyKey},
-		textColumn{&r.CorrelationID}, textColumn{&r.TenantID}, textColumn{&r.Subject},
+		textColumn{&r.CorrelationID}, textColumn{&r.TenantID}, textColumn{&r.Subject}, textColumn{&r.Traceparent},
 		d[0], d[1], d[2], d[3],
 		timeColumn{&r.CreatedAt}, timeColumn{&r.StartedAt}, timeColumn{&r.CompletedAt},
 		jsonColumn{&r.Output}, jsonColumn{&r.EntityRow}, jsonColumn{&r.Input})
