@@ -306,7 +306,7 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 		slot.end(r, out)
 		if changed = out.LimitsChanged; out.Again && context.Cause(ctx) == nil {
 			if again == 0 {
-				firstAgain = began
+				firstAgain = r.e.Clock.Now().Add(-out.took)
 			}
 			if again++; again < mostAgain || out.Unused && !changed && r.e.Clock.Now().Sub(firstAgain) < longestAgain {
 				continue
