@@ -235,8 +235,8 @@ func (ids) NewSpanID(ctx context.Context, _ trace.TraceID) trace.SpanID {
 // is one span that way, which whoever ends it exports. The trace's id counts where ctx has no
 // span. Without a provider that records, ctx carries the ids all the same.
 func StartAs(ctx context.Context, p trace.TracerProvider, want trace.SpanContext, name string, o ...trace.SpanStartOption) (context.Context, trace.Span) {
-	_, span := p.Tracer(scope).Start(context.WithValue(ctx, idsKey{}, want), name, o...)
-	return trace.ContextWithSpan(ctx, span), span
+	_, span := p.Tracer(scope).Start(context.WithValue(ctx, idsKey{}, want), name, o...) //nolint:spancheck // the caller ends it
+	return trace.ContextWithSpan(ctx, span), span                                        //nolint:spancheck // as above
 }
 
 // Start begins a span below that of ctx, and nothing where that one is not recorded.
@@ -245,7 +245,7 @@ func Start(ctx context.Context, name string, o ...trace.SpanStartOption) (contex
 	if !parent.IsRecording() {
 		return ctx, unrecorded
 	}
-	return parent.TracerProvider().Tracer(scope).Start(ctx, name, o...)
+	return parent.TracerProvider().Tracer(scope).Start(ctx, name, o...) //nolint:spancheck // the caller ends it
 }
 
 // unrecorded is the span that nobody records.
