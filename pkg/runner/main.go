@@ -22,6 +22,7 @@ import (
 	"github.com/specql/mesh/pkg/memory"
 	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/pkg/telemetry"
+	"github.com/specql/mesh/pkg/telemetry/scrape"
 )
 
 // defaultListen is where a runner listens; without TLS it is loopback.
@@ -218,7 +219,7 @@ func (p program) serve(ctx context.Context, s *settings) (err error) {
 	if err != nil {
 		return fmt.Errorf("--listen: %w", err)
 	}
-	registry := telemetry.NewRegistry()
+	registry := scrape.NewRegistry()
 	if s.metrics != "" {
 		metrics, err := listen.Listen(ctx, "tcp", s.metrics)
 		if err != nil {

@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/specql/mesh/pkg/telemetry"
+	"github.com/specql/mesh/pkg/telemetry/scrape"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -65,7 +66,7 @@ func TestHTTP(t *testing.T) {
 	lis, err := config.Listen(t.Context(), "tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	var ready atomic.Bool
-	registry := telemetry.NewRegistry()
+	registry := scrape.NewRegistry()
 	telemetry.Registered(registry, prometheus.NewCounter(prometheus.CounterOpts{Name: "x_total", Help: "x"})).Inc()
 	again := telemetry.Registered(registry, prometheus.NewCounter(prometheus.CounterOpts{Name: "x_total", Help: "x"}))
 	again.Inc() // the one that is registered already

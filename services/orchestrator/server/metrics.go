@@ -9,6 +9,7 @@ import (
 
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/telemetry"
+	"github.com/specql/mesh/pkg/telemetry/scrape"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -46,7 +47,7 @@ type metrics struct {
 func newMetrics(types []string) *metrics {
 	seconds := prometheus.ExponentialBuckets(0.001, 4, 10)
 	m := &metrics{
-		registry: telemetry.NewRegistry(), types: telemetry.NewLabel(len(types), types...), services: telemetry.NewLabel(maxServices), rules: telemetry.NewLabel(maxRules),
+		registry: scrape.NewRegistry(), types: telemetry.NewLabel(len(types), types...), services: telemetry.NewLabel(maxServices), rules: telemetry.NewLabel(maxRules),
 		runs: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "specql_runs_ended_total", Help: "Runs that ended, by status.",
 		}, []string{"status"}),
