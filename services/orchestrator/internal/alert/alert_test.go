@@ -151,13 +151,15 @@ type fixedFigures struct {
 	store.Alerts
 	rows []*store.WindowFigures
 	took func() // what a query takes
+	// failure of every query; nil for none.
+	failure error
 }
 
 func (f *fixedFigures) WindowFigures(context.Context, time.Time) ([]*store.WindowFigures, error) {
 	if f.took != nil {
 		f.took()
 	}
-	return f.rows, nil
+	return f.rows, f.failure
 }
 
 // Queries that take long are made less often, and the lease lasts from one to the next.
@@ -178,6 +180,27 @@ func TestRest(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, "a", leader)
 	}
+}
+
+// An evaluation that outlasts its lease is lost, and the next one has the time that it takes.
+func TestAnEvaluationThatOutlastsItsLease(t *testing.T) {
+	c := &clock{now: time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)}
+	st := openStore(t, c)
+	a := newBench(t, st, c, "a", parse(t, paged))
+	a.figures.took = func() { c.advance(20 * time.Second) }
+	pause, err := a.tick(t.Context())
+	require.ErrorIs(t, err, store.ErrFenced)
+	c.advance(pause)
+	_, err = a.tick(t.Context())
+	require.NoError(t, err)
+	states, err := st.AlertStates(t.Context())
+	require.NoError(t, err)
+	require.Len(t, states, 2)
+	// Queries that fail late are made no more often than those that do not.
+	a.figures.failure = errors.New("canceling statement due to statement timeout")
+	pause, err = a.tick(t.Context())
+	require.ErrorIs(t, err, a.figures.failure)
+	require.Equal(t, longestRest, pause)
 }
 
 func newBench(t *testing.T, st store.Alerts, c *clock, owner string, alerts []*spec.Alert) *bench {

@@ -99,15 +99,18 @@ func (e *evaluator) tick(ctx context.Context) (time.Duration, error) {
 		return idlePause, err
 	}
 	began := e.Clock.Now()
-	if err := e.evaluate(ctx, alerts); err != nil {
-		return pause, err
+	if err = e.evaluate(ctx, alerts); err == nil {
+		err = e.notify(ctx, alerts)
 	}
-	if err := e.notify(ctx, alerts); err != nil {
-		return pause, err
-	}
+	// What failed has cost its time, too: what took longer than the lease takes a longer one next time.
 	e.cost = e.Clock.Now().Sub(began)
 	rest := max(pause, min(costShare*e.cost, longestRest))
-	if rest > lease(pause)/2 {
+	switch {
+	case errors.Is(err, store.ErrFenced):
+		return pause, err
+	case err != nil:
+		return rest, err
+	case rest > lease(pause)/2:
 		_, err = e.Store.LeadAlerts(ctx, e.Owner, lease(rest)) // it has to last until the next time
 	}
 	return rest, err
