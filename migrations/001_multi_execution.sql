@@ -613,8 +613,9 @@ BEGIN
                 IF max_n > 0 THEN
                     free := least(free, max_n - n[k]);
                 END IF;
-                IF max_c > 0 AND one > 0 THEN
-                    free := least(free, greatest(0, floor((max_c + tolerance - spent[k]) / one))::bigint);
+                -- Less than it was, so that it is no more than a bigint holds.
+                IF max_c > 0 AND one * free > max_c + tolerance - spent[k] THEN
+                    free := greatest(0, floor((max_c + tolerance - spent[k]) / one))::bigint;
                 END IF;
             END LOOP;
         END IF;

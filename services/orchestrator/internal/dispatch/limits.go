@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -26,6 +28,8 @@ const (
 	staleLimitsFor = time.Hour
 	// limitsWait is how long a runner may take to answer, and limitsPause how long one that did not is left alone.
 	limitsWait, limitsPause = 8 * time.Second, time.Second
+	// leastLimitsWait is for who has waited for the answer to another, which then did not come.
+	leastLimitsWait = 100 * time.Millisecond
 	// mostLimits bounds the answers that are kept, and the limits of one.
 	mostLimits      = 4096
 	mostLimitsOfOne = 16
@@ -50,7 +54,7 @@ type limitKey struct {
 var limitSeed = maphash.MakeSeed()
 
 type knownLimits struct {
-	mu       sync.Mutex // one asks, the others wait
+	asking   chan struct{} // holds one: one asks, the others wait
 	limits   []engine.Limit
 	at       time.Time // of the answer; zero for none
 	askAgain time.Time
@@ -76,7 +80,7 @@ func (c *limitCache) of(k limitKey) *knownLimits {
 	if c.known == nil || len(c.known) >= mostLimits {
 		c.known = map[limitKey]*knownLimits{}
 	}
-	e := &knownLimits{}
+	e := &knownLimits{asking: make(chan struct{}, 1)}
 	c.known[k] = e
 	return e
 }
@@ -88,8 +92,13 @@ func (d *Dispatcher) Limits(ctx context.Context, n *plan.Call, changed bool) ([]
 		return nil, nil // the call fails, and says why
 	}
 	e := t.limits.of(keyOfLimits(n))
-	e.mu.Lock()
-	defer e.mu.Unlock()
+	arrived := time.Now()
+	select {
+	case e.asking <- struct{}{}:
+		defer func() { <-e.asking }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 	now := time.Now()
 	known := !e.at.IsZero()
 	switch {
@@ -100,14 +109,24 @@ func (d *Dispatcher) Limits(ctx context.Context, n *plan.Call, changed bool) ([]
 	case now.Before(e.askAgain) && !known:
 		return nil, e.err
 	}
-	actx, cancel := context.WithTimeout(ctx, limitsWait)
+	wait := limitsWait
+	if !known {
+		// One that is just being started is waited for, by each for as long as it would wait for it to begin the job.
+		wait = min(startWait, cmp.Or(max(0, n.Timeout), engine.DefaultTimeout)) - now.Sub(arrived)
+		if wait <= 0 && e.err != nil {
+			return nil, e.err
+		}
+		wait = max(wait, leastLimitsWait)
+	}
+	actx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	resp, err := t.client.Limits(actx, &runnerv1.LimitsRequest{
 		Service: &runnerv1.Service{
 			Name: n.Service.Name, ExecutionType: n.Service.ExecutionType, RunnerConfig: n.RunnerConfig, SecurityPolicy: n.SecurityPolicy,
 		},
 		Operation: &runnerv1.Operation{Name: n.Operation.Name, Config: n.OperationConfig},
-	})
+	}, grpc.WaitForReady(!known))
+	now = time.Now()
 	switch {
 	case status.Code(err) == codes.Unimplemented:
 		e.limits, e.at, e.err = nil, now, nil
@@ -121,7 +140,9 @@ func (d *Dispatcher) Limits(ctx context.Context, n *plan.Call, changed bool) ([]
 	case ctx.Err() != nil:
 		return nil, context.Cause(ctx)
 	}
-	e.askAgain = now.Add(limitsPause)
+	if known || actx.Err() == nil {
+		e.askAgain = now.Add(limitsPause)
+	}
 	f := fault.FromError(err)
 	e.err = fault.New(fault.Unavailable, "the %s runner at %s does not tell the limits of %s.%s: %s", t.executionType, t.address, n.Service.Name, n.Operation.Name, f.Message)
 	if known && now.Sub(e.at) < limitsFor+staleLimitsFor && !changed {
@@ -145,6 +166,11 @@ func readLimits(executionType string, resp *runnerv1.LimitsResponse) ([]engine.L
 			return nil, errors.New("a limit has a key of its own, of at most 500 bytes")
 		case window <= 0 || window > longestWindow:
 			return nil, fmt.Errorf("limit %s: the window is above zero and at most %s", l.GetKey(), longestWindow)
+		}
+		for _, usd := range []float64{l.GetMaxCostUsd(), l.GetCostUsd()} {
+			if !(usd < store.MaxCost) {
+				return nil, fmt.Errorf("limit %s: costs are US dollars below %g", l.GetKey(), float64(store.MaxCost))
+			}
 		}
 		seen[key] = true
 		rule := l.GetRule()

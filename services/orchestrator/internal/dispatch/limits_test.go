@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"math"
 	"net"
 	"strings"
 	"sync"
@@ -133,8 +134,101 @@ func TestRunnersWithoutLimits(t *testing.T) {
 	gone, err := dispatch.New(dispatch.Options{Runners: map[string]string{"http": refusing(t)}, Logger: slog.New(slog.DiscardHandler)})
 	require.NoError(t, err)
 	defer gone.Close()
-	_, err = gone.Limits(t.Context(), node("a", `{}`), false)
+	away := node("a", `{}`)
+	away.Timeout = 100 * time.Millisecond // it is waited for
+	_, err = gone.Limits(t.Context(), away, false)
 	require.ErrorContains(t, err, "does not tell the limits of svc.a")
+}
+
+// dispatchTo gives a dispatcher to an address, and a listener there that the test answers at.
+func dispatchTo(t *testing.T) (*dispatch.Dispatcher, net.Listener) {
+	t.Helper()
+	lis, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = lis.Close() })
+	d, err := dispatch.New(dispatch.Options{Runners: map[string]string{"http": lis.Addr().String()}, Logger: slog.New(slog.DiscardHandler)})
+	require.NoError(t, err)
+	t.Cleanup(d.Close)
+	return d, lis
+}
+
+// TestLimitsOfARunnerThatIsBeingStarted: it is waited for, as it is with a job, so that a call that may not be repeated does not fail.
+func TestLimitsOfARunnerThatIsBeingStarted(t *testing.T) {
+	t.Parallel()
+	d, lis := dispatchTo(t)
+	type answer struct {
+		limits []engine.Limit
+		err    error
+	}
+	answered := make(chan answer, 1)
+	go func() {
+		limits, err := d.Limits(t.Context(), node("a", `{}`), false)
+		answered <- answer{limits, err}
+	}()
+	c, err := lis.Accept()
+	require.NoError(t, err)
+	require.NoError(t, c.Close())
+	require.NoError(t, lis.Close())
+	lis, err = (&net.ListenConfig{}).Listen(t.Context(), "tcp", lis.Addr().String())
+	require.NoError(t, err)
+	ctx, stop := context.WithCancel(context.WithoutCancel(t.Context()))
+	served := make(chan error, 1)
+	go func() {
+		served <- runner.Serve(ctx, lis, &limiter{limits: []runner.Limit{{Key: "k", Window: time.Minute, MaxAttempts: 5}}}, nil, runner.Options{DrainTimeout: time.Millisecond})
+	}()
+	got := <-answered
+	stop()
+	require.NoError(t, <-served)
+	require.NoError(t, got.err)
+	require.Len(t, got.limits, 1)
+}
+
+// TestLimitsOfARunnerThatHangs: who waits for its answer does so together with the others, and no longer than its run lives.
+func TestLimitsOfARunnerThatHangs(t *testing.T) {
+	t.Parallel()
+	d, lis := dispatchTo(t)
+	first, endFirst := context.WithCancel(t.Context())
+	defer endFirst()
+	asked := make(chan error, 1)
+	go func() {
+		_, err := d.Limits(first, node("a", `{}`), false)
+		asked <- err
+	}()
+	c, err := lis.Accept() // it asks now
+	require.NoError(t, err)
+	defer func() { _ = c.Close() }()
+	enough := errors.New("enough")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(enough)
+	_, err = d.Limits(ctx, node("a", `{}`), false)
+	require.ErrorIs(t, err, enough)
+	select {
+	case err := <-asked:
+		t.Fatalf("it was waited until the other one gave up: %v", err)
+	default:
+	}
+	endFirst()
+	require.Error(t, <-asked)
+
+	const callers = 20
+	done := make(chan error, callers)
+	brief := node("b", `{}`)
+	brief.Timeout = 100 * time.Millisecond
+	for range callers {
+		go func() {
+			_, err := d.Limits(t.Context(), brief, false)
+			done <- err
+		}()
+	}
+	late := time.After(30 * time.Second) // one after the other they would take minutes
+	for range callers {
+		select {
+		case err := <-done:
+			require.Error(t, err)
+		case <-late:
+			t.Fatal("the callers wait one after the other")
+		}
+	}
 }
 
 // TestHostileLimits: a runner may be anybody's.
@@ -149,6 +243,8 @@ func TestHostileLimits(t *testing.T) {
 		"a window of old": {{Key: "k", Window: -time.Minute}},
 		"a long window":   {{Key: "k", Window: 1000 * 24 * time.Hour}},
 		"one key twice":   {{Key: "k", Window: time.Minute}, {Key: "k", Window: time.Minute}},
+		"no number":       {{Key: "k", Window: time.Minute, MaxCost: math.NaN()}},
+		"no end":          {{Key: "k", Window: time.Minute, MaxCost: 1, Cost: math.Inf(1)}},
 		"too many":        make([]runner.Limit, 100),
 	} {
 		l.say(limits, nil)

@@ -57,8 +57,8 @@ func (s *slot) end(r *run, out *Outcome) {
 	if out.Unknown || out.Err != nil && out.Err.Code == fault.Timeout {
 		e.Margin = doubtMargin
 	}
-	if out.Usage.GetCostUsd() > 0 {
-		e.Cost = new(out.Usage.GetCostUsd())
+	if cost := out.Usage.GetCostUsd(); cost > 0 {
+		e.Cost = new(min(cost, store.MaxCost)) // whatever a runner says
 	}
 	r.note(func(rec *store.Record) {
 		rec.Ends = append(rec.Ends, e)

@@ -2,7 +2,6 @@ package store
 
 import (
 	"fmt"
-	"math"
 	"time"
 )
 
@@ -22,13 +21,12 @@ type Limit struct {
 
 // check is ErrRefused for a limit that no database takes.
 func (l Limit) check() error {
-	const most = 1e12
 	switch {
 	case l.Key == "" || len(l.Key) > MaxLimitKey:
 		return fmt.Errorf("%w: the key of a limit has 1 to %d bytes", ErrRefused, MaxLimitKey)
 	case l.Window <= 0 || l.MaxAttempts < 0:
 		return fmt.Errorf("%w: limit %s: a window and a number of attempts are above zero", ErrRefused, l.Key)
-	case !(l.MaxCost >= 0 && l.MaxCost < most) || !(l.Cost >= 0 && l.Cost < most):
+	case !(l.MaxCost >= 0 && l.MaxCost < MaxCost) || !(l.Cost >= 0 && l.Cost < MaxCost):
 		return fmt.Errorf("%w: limit %s: costs are US dollars, from zero up", ErrRefused, l.Key)
 	}
 	return nil
@@ -52,8 +50,8 @@ func (r *Record) CheckLimits() error {
 		}
 	}
 	for _, e := range r.Ends {
-		if c := e.Cost; c != nil && (math.IsNaN(*c) || math.IsInf(*c, 0) || *c < 0) || e.ID == "" && e.JobID == "" {
-			return fmt.Errorf("%w: the end of a slot names it, and its cost is a number from zero up", ErrRefused)
+		if c := e.Cost; c != nil && (!(*c >= 0 && *c <= MaxCost)) || e.ID == "" && e.JobID == "" {
+			return fmt.Errorf("%w: the end of a slot names it, and its cost is US dollars, from zero up", ErrRefused)
 		}
 	}
 	return nil
@@ -114,6 +112,9 @@ type Closure struct {
 	For    time.Duration
 	Reason string
 }
+
+// MaxCost of one attempt or limit, in US dollars: sums of many stay numbers.
+const MaxCost = 1e12
 
 // MaxLimitKey is how many bytes the key of a limit has at most.
 const MaxLimitKey = 1000

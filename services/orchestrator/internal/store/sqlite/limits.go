@@ -47,8 +47,8 @@ func decide(limits []store.Limit, states []*limitState) store.TakeResult {
 		if l.MaxAttempts > 0 {
 			out.Free = min(out.Free, l.MaxAttempts-s.used)
 		}
-		if l.MaxCost > 0 && l.Cost > 0 {
-			out.Free = min(out.Free, max(0, int64((l.MaxCost+store.CostTolerance-s.cost)/l.Cost)))
+		if left := l.MaxCost + store.CostTolerance - s.cost; l.MaxCost > 0 && l.Cost*float64(out.Free) > left {
+			out.Free = max(0, int64(left/l.Cost)) // less than it was, so that it is no more than an integer holds
 		}
 	}
 	return out

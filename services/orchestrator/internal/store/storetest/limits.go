@@ -177,6 +177,10 @@ func testLimitCost(t *testing.T, st store.Store) {
 	// What costs more than there is can never run; what costs nothing always can.
 	require.False(t, k.take(t, st, store.Limit{Key: "dear", Window: window, MaxCost: 1, Cost: 1.5}).Result.Granted)
 	require.True(t, k.take(t, st, store.Limit{Key: "free", Window: window, MaxCost: 1}).Result.Granted)
+	// There is room for more of what costs next to nothing than an integer holds.
+	cheap := k.take(t, st, store.Limit{Key: "cheap", Window: window, MaxCost: 9e11, Cost: 1e-300})
+	require.True(t, cheap.Result.Granted)
+	require.Equal(t, int64(store.Unbounded), cheap.Result.Free)
 }
 
 // testLimitOfTheDead: the slots of an attempt whose orchestrator died count until somebody goes on with the job, and the window from then.
@@ -358,6 +362,8 @@ func testHostileLimits(t *testing.T, st store.Store) {
 	require.ErrorIs(t, results[0], store.ErrRefused)
 	require.NoError(t, results[1])
 	require.True(t, take.Result.Granted)
+	// Two of these are no number any more, which would refuse every later take.
+	require.ErrorIs(t, commitOne(t, st, k.end(store.SlotEnd{ID: take.ID, JobID: take.JobID, Cost: new(1e308)})), store.ErrRefused)
 	odd := k.take(t, st, perWindow("quote's \"key\" \\ ü {}", 1, time.Hour))
 	require.True(t, odd.Result.Granted)
 	require.False(t, k.take(t, st, perWindow("quote's \"key\" \\ ü {}", 1, time.Hour)).Result.Granted)
