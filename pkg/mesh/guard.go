@@ -7,20 +7,25 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/telemetry"
 )
 
-// open tells the methods that every valid certificate may call.
-func open(method string) bool {
-	return strings.HasPrefix(method, "/grpc.health.v1.Health/") || strings.HasPrefix(method, "/grpc.reflection.")
+// healthCall tells the methods that every valid certificate may call.
+func healthCall(method string) bool { return strings.HasPrefix(method, "/grpc.health.v1.Health/") }
+
+// aside tells the methods that every server has besides what it is for.
+func aside(method string) bool {
+	return healthCall(method) || strings.HasPrefix(method, "/grpc.reflection.")
 }
 
 // guard stands around every call: who calls, panics, errors, log and metrics, in one
@@ -29,6 +34,8 @@ type guard struct {
 	closing  context.Context // ends when the server drains
 	log      *slog.Logger
 	roles    []string // nil: any
+	mayCall  func(method, role string) bool
+	denials  denials
 	calls    *prometheus.CounterVec
 	duration *prometheus.HistogramVec
 }
@@ -46,7 +53,7 @@ func newGuard(closing context.Context, tls bool, o ServerOptions) *guard {
 		}, []string{"method"})),
 	}
 	if tls {
-		g.roles = o.AllowedRoles
+		g.roles, g.mayCall = o.AllowedRoles, o.MayCall
 	}
 	return g
 }
@@ -68,7 +75,7 @@ func (g *guard) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServe
 	ctx := stream.Context()
 	err := g.admit(ctx, info.FullMethod)
 	if err == nil {
-		if open(info.FullMethod) {
+		if aside(info.FullMethod) {
 			// Whoever watches the health does so for ever; a drain must not wait for that.
 			ending, cancel := context.WithCancel(ctx)
 			defer cancel()
@@ -89,10 +96,16 @@ type endingStream struct {
 func (s endingStream) Context() context.Context { return s.ctx }
 
 func (g *guard) admit(ctx context.Context, method string) error {
-	if g.roles == nil || open(method) {
+	if g.roles == nil && g.mayCall == nil || healthCall(method) {
 		return nil
 	}
 	role := PeerRole(ctx)
+	if g.mayCall != nil {
+		if g.mayCall(method, role) {
+			return nil
+		}
+		return status.Errorf(codes.PermissionDenied, "a certificate of the role %q may not call this method", role)
+	}
 	if slices.Contains(g.roles, role) {
 		return nil
 	}
@@ -127,10 +140,20 @@ func (g *guard) end(ctx context.Context, method string, start time.Time, err err
 	case codes.PermissionDenied, codes.Unauthenticated:
 		level = slog.LevelWarn
 	}
+	if level == slog.LevelWarn {
+		if omitted, tell := g.denials.tell(start); !tell {
+			level = slog.LevelDebug
+		} else if omitted > 0 {
+			g.log.LogAttrs(ctx, level, "more calls were refused than are logged", slog.Int("omitted", omitted))
+		}
+	}
 	if g.log.Enabled(ctx, level) {
 		attrs := []slog.Attr{
 			slog.String("method", method), slog.String("code", st.Code().String()),
 			slog.Duration("took", took), slog.String("caller", PeerRole(ctx)),
+		}
+		if p, ok := peer.FromContext(ctx); ok && p.Addr != nil && level >= slog.LevelWarn {
+			attrs = append(attrs, slog.String("remote", p.Addr.String()))
 		}
 		if err != nil {
 			attrs = append(attrs, slog.String("error", cause(err)))
@@ -138,6 +161,31 @@ func (g *guard) end(ctx context.Context, method string, start time.Time, err err
 		g.log.LogAttrs(ctx, level, "call", attrs...)
 	}
 	return st.Err()
+}
+
+// Refused callers are logged this often in a while, so that nobody fills a disk by calling.
+const (
+	denialWindow = 10 * time.Second
+	maxDenials   = 50
+)
+
+// denials counts what was refused.
+type denials struct {
+	mu    sync.Mutex
+	since time.Time
+	n     int
+}
+
+// tell says whether a refusal is to be logged, and how many were not in the window before.
+func (d *denials) tell(now time.Time) (omitted int, tell bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if now.Sub(d.since) >= denialWindow {
+		omitted = max(0, d.n-maxDenials)
+		d.since, d.n = now, 0
+	}
+	d.n++
+	return omitted, d.n <= maxDenials
 }
 
 // cause is the text of an error with the cause that is kept from the wire.

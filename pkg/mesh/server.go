@@ -31,9 +31,12 @@ const defaultDrainTimeout = 10 * time.Second
 // ServerOptions say how a server behaves. The zero value works.
 type ServerOptions struct {
 	Logger *slog.Logger
-	// AllowedRoles are the roles that may call; nil allows any certificate of the CA. Health
-	// and reflection are open to any certificate of the CA. Without TLS there are no roles.
+	// AllowedRoles are the roles that may call, reflection too; nil allows any certificate of
+	// the CA. Health is open to any certificate of the CA. Without TLS there are no roles.
 	AllowedRoles []string
+	// MayCall decides in place of AllowedRoles where methods differ: method is such as
+	// /specql.v1.OrchestratorService/GetRun, role is that of the certificate, or "".
+	MayCall func(method, role string) bool
 	// OptionalClientCert also lets in clients without a certificate, for an API that knows
 	// its callers by other means. A certificate that is shown must come from the CA.
 	OptionalClientCert bool
@@ -67,7 +70,7 @@ func NewServer(c *Credentials, o ServerOptions) *Server {
 		grpc.ChainUnaryInterceptor(g.unary),
 		grpc.ChainStreamInterceptor(g.stream),
 		grpc.StatsHandler(otelgrpc.NewServerHandler(traced(o.TracerProvider,
-			otelgrpc.WithFilter(func(i *stats.RPCTagInfo) bool { return !open(i.FullMethodName) }),
+			otelgrpc.WithFilter(func(i *stats.RPCTagInfo) bool { return !aside(i.FullMethodName) }),
 		)...)),
 		grpc.MaxRecvMsgSize(limit),
 		grpc.MaxSendMsgSize(limit),
@@ -81,7 +84,7 @@ func NewServer(c *Credentials, o ServerOptions) *Server {
 		}),
 	}
 	if c != nil {
-		options = append(options, grpc.Creds(handshakes{credentials.NewTLS(c.serverTLS(o.OptionalClientCert)), g.log}))
+		options = append(options, grpc.Creds(handshakes{credentials.NewTLS(c.serverTLS(o.OptionalClientCert)), g.log, &g.denials}))
 	}
 	s := &Server{
 		grpc:     grpc.NewServer(append(options, o.ServerOptions...)...),
@@ -109,7 +112,7 @@ func (s *Server) SetServing(serving bool) {
 	}
 	s.health.SetServingStatus("", status)
 	for name := range s.grpc.GetServiceInfo() {
-		if !open("/" + name + "/") {
+		if !aside("/" + name + "/") {
 			s.health.SetServingStatus(name, status)
 		}
 	}

@@ -41,6 +41,9 @@ type settings struct {
 	drain, schemaWait                         time.Duration
 	retain                                    string
 	cert, key, ca                             string
+	authTokens, issuer, audience              string
+	rolesClaim, tenantClaim                   string
+	roleValues, tenantValues                  []string
 	insecure, version                         bool
 	level, format                             string
 }
@@ -68,6 +71,13 @@ func run() int {
 	flags.StringVar(&s.cert, "tls-cert", "", "file of this service's certificate")
 	flags.StringVar(&s.key, "tls-key", "", "file of the certificate's key")
 	flags.StringVar(&s.ca, "tls-ca", "", "file of the CA of the mesh")
+	flags.StringVar(&s.authTokens, "auth-tokens", "", "file of the tokens that callers of the API and the console need; `specql token` makes them")
+	flags.StringVar(&s.issuer, "auth-oidc-issuer", "", "URL of an OIDC issuer whose tokens are taken; may go together with --auth-tokens")
+	flags.StringVar(&s.audience, "auth-oidc-audience", "", "what the issuer's tokens have to be for")
+	flags.StringVar(&s.rolesClaim, "auth-oidc-roles-claim", "roles", "claim that has the role; dots lead into claims, such as realm_access.roles")
+	flags.StringSliceVar(&s.roleValues, "auth-oidc-role", nil, "VALUE=ROLE: what a value of the claim means, such as mesh-admins=admin; repeatable; without any, values are viewer, operator and admin")
+	flags.StringVar(&s.tenantClaim, "auth-oidc-tenant-claim", "tenant", "claim that has the tenants")
+	flags.StringSliceVar(&s.tenantValues, "auth-oidc-tenant", nil, "VALUE=TENANT: what a value of the claim means, * being all tenants; repeatable; without any, values are names of tenants")
 	flags.BoolVar(&s.insecure, "insecure", false, "speak plaintext to clients and runners, on loopback alone")
 	flags.StringVar(&s.level, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&s.format, "log-format", "text", "text or json")
@@ -169,7 +179,53 @@ func (s *settings) options(flags *pflag.FlagSet) (server.Options, error) {
 		}
 		o.Credentials, o.RunnerCredentials = credentials, credentials
 	}
+	if err := s.identities(&o); err != nil {
+		return o, err
+	}
 	return o, s.documents(&o)
+}
+
+// identities reads the flags that say who may call.
+func (s *settings) identities(o *server.Options) error {
+	if s.authTokens == "" && s.issuer == "" {
+		if s.audience != "" || len(s.roleValues)+len(s.tenantValues) > 0 {
+			return errors.New("--auth-oidc-audience, --auth-oidc-role and --auth-oidc-tenant need --auth-oidc-issuer")
+		}
+		return nil
+	}
+	o.Auth = &server.Auth{Tokens: s.authTokens}
+	if s.issuer == "" {
+		return nil
+	}
+	if s.audience == "" {
+		return errors.New("--auth-oidc-issuer needs --auth-oidc-audience: tokens of the issuer that are for other services must not be taken")
+	}
+	oidc := &server.OIDC{Issuer: s.issuer, Audience: s.audience, RolesClaim: s.rolesClaim, TenantClaim: s.tenantClaim}
+	var err error
+	if oidc.Roles, err = pairs("auth-oidc-role", s.roleValues); err != nil {
+		return err
+	}
+	if oidc.Tenants, err = pairs("auth-oidc-tenant", s.tenantValues); err != nil {
+		return err
+	}
+	o.Auth.OIDC = oidc
+	return nil
+}
+
+// pairs reads VALUE=NAME; the value may have an = of its own.
+func pairs(flag string, texts []string) (map[string]string, error) {
+	out := map[string]string{}
+	for _, text := range texts {
+		i := strings.LastIndexByte(text, '=')
+		if i < 1 || i == len(text)-1 {
+			return nil, fmt.Errorf("--%s: %q is not VALUE=NAME, such as mesh-admins=admin", flag, text)
+		}
+		if _, twice := out[text[:i]]; twice {
+			return nil, fmt.Errorf("--%s: %s is given twice", flag, text[:i])
+		}
+		out[text[:i]] = text[i+1:]
+	}
+	return out, nil
 }
 
 // duration reads a positive duration that may be in days, such as 30d; zero for the empty text.

@@ -27,6 +27,7 @@ import (
 	"github.com/specql/mesh/pkg/telemetry"
 	"github.com/specql/mesh/services/orchestrator/internal/alert"
 	"github.com/specql/mesh/services/orchestrator/internal/api"
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/console"
 	"github.com/specql/mesh/services/orchestrator/internal/dispatch"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
@@ -43,6 +44,8 @@ type Options struct {
 	Listener net.Listener
 	// Credentials of the API; nil serves plaintext, which mesh allows on loopback alone.
 	Credentials *mesh.Credentials
+	// Auth says who may call the API and the console; nobody is asked where nil.
+	Auth *Auth
 	// Console is the listener of the console over HTTP; nil for none. Run closes it.
 	Console net.Listener
 	// Metrics is the listener of /metrics, /healthz and /readyz over HTTP; nil for none. Run closes it.
@@ -84,6 +87,12 @@ type Options struct {
 	Ready func(Addresses)
 }
 
+// Auth says where the identities of callers come from.
+type Auth = auth.Options
+
+// OIDC is an issuer of tokens.
+type OIDC = auth.OIDC
+
 // Addresses are where an orchestrator listens.
 type Addresses struct {
 	API     string
@@ -110,6 +119,15 @@ func Run(ctx context.Context, o Options) (err error) {
 	}
 	if o.Metrics != nil {
 		closers.add(ignoreClosed(o.Metrics.Close))
+	}
+	var who auth.Options
+	if o.Auth != nil {
+		who = *o.Auth
+	}
+	who.Logger = o.Logger
+	authenticator, err := auth.New(who)
+	if err != nil {
+		return err
 	}
 	m := newMetrics(slices.Concat([]string{"http", "shell", "docker", "serverless"}, slices.Collect(maps.Keys(o.Runners))))
 
@@ -166,13 +184,19 @@ func Run(ctx context.Context, o Options) (err error) {
 		return nil
 	})
 
-	srv := mesh.NewServer(o.Credentials, mesh.ServerOptions{Logger: o.Logger, Registerer: m.registry, TracerProvider: o.TracerProvider, ServerOptions: api.Interceptors()})
+	srv := mesh.NewServer(o.Credentials, mesh.ServerOptions{
+		Logger: o.Logger, Registerer: m.registry, TracerProvider: o.TracerProvider, ServerOptions: append(authenticator.Interceptors(), api.Interceptors()...),
+		// People have tokens, not certificates.
+		OptionalClientCert: authenticator.Enabled(),
+		// A runner is called and never calls: one that does is not itself any more.
+		MayCall: func(_, role string) bool { return !strings.HasSuffix(role, "-runner") },
+	})
 	specqlv1.RegisterOrchestratorServiceServer(srv, &api.Orchestrator{Engine: eng, Store: st, Registry: reg, Intake: in, Logger: o.Logger})
 	specqlv1.RegisterRegistryServiceServer(srv, &api.Registry{Registry: reg, Runners: dispatcher, Types: st, Refresh: eng.Refreshed, Logger: o.Logger})
 	specqlv1.RegisterInsightServiceServer(srv, &api.Insight{Store: st, Alerts: st, Registry: reg, Checkers: dispatcher})
 
 	if o.Console != nil {
-		if err := serveConsole(gctx, group, o, st); err != nil {
+		if err := serveConsole(gctx, group, o, st, authenticator); err != nil {
 			return err
 		}
 	}
@@ -311,12 +335,12 @@ func loadRegistry(ctx context.Context, reg *registry.Registry, o Options) error 
 	return nil
 }
 
-func serveConsole(ctx context.Context, group *errgroup.Group, o Options, st store.Store) error {
-	// It asks nobody who they are, so it is for this machine alone.
+func serveConsole(ctx context.Context, group *errgroup.Group, o Options, st store.Store, authenticator *auth.Authenticator) error {
+	// It speaks plaintext, and is for this machine alone.
 	if err := mesh.CheckInsecure(o.Console.Addr().String()); err != nil {
 		return fmt.Errorf("--console: %w", err)
 	}
-	handler, err := console.New(st, o.Logger)
+	handler, err := console.New(st, authenticator, o.Logger)
 	if err != nil {
 		return err
 	}

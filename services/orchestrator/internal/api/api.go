@@ -17,6 +17,7 @@ import (
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/spec"
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/registry"
@@ -111,11 +112,29 @@ func runError(err error, id, state string) error {
 	return err
 }
 
+// run reads a run that the caller sees. One of another tenant is not there.
+func (o *Orchestrator) run(ctx context.Context, id string) (*store.Run, error) {
+	run, err := o.Store.Run(ctx, id)
+	if err == nil && !auth.From(ctx).Sees(run.TenantID) {
+		err = store.ErrNotFound
+	}
+	return run, runError(err, id, "")
+}
+
+// visible fails where the caller does not see a run. It costs nothing for who sees all.
+func (o *Orchestrator) visible(ctx context.Context, id string) error {
+	if auth.From(ctx).Tenants() == nil {
+		return nil
+	}
+	_, err := o.run(ctx, id)
+	return err
+}
+
 // get reads a run with its jobs.
 func (o *Orchestrator) get(ctx context.Context, id string) (*specqlv1.Run, error) {
-	run, err := o.Store.Run(ctx, id)
+	run, err := o.run(ctx, id)
 	if err != nil {
-		return nil, runError(err, id, "")
+		return nil, err
 	}
 	jobs, err := o.Store.Jobs(ctx, id, 0)
 	if err != nil {

@@ -19,6 +19,9 @@ func (o *Orchestrator) CancelRun(ctx context.Context, req *specqlv1.CancelRunReq
 		v.Add("reason", "has %d bytes; at most %d are taken", len(req.GetReason()), maxReason)
 		return nil, v.Err()
 	}
+	if err := o.visible(ctx, req.GetId()); err != nil {
+		return nil, err
+	}
 	if err := o.Engine.Cancel(ctx, req.GetId(), req.GetReason()); err != nil {
 		return nil, runError(err, req.GetId(), "the run has ended already")
 	}

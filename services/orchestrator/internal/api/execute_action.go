@@ -9,8 +9,8 @@ import (
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
-	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/pkg/telemetry"
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -20,7 +20,12 @@ func (o *Orchestrator) ExecuteAction(ctx context.Context, req *specqlv1.ExecuteA
 	if err := checkExecuteAction(req); err != nil {
 		return nil, err
 	}
-	if run, err := o.known(ctx, req.GetIdempotencyKey()); err != nil || run != nil {
+	caller := auth.From(ctx)
+	tenant, err := caller.Tenant()
+	if err != nil {
+		return nil, err
+	}
+	if run, err := o.known(ctx, tenant, req.GetIdempotencyKey()); err != nil || run != nil {
 		if err != nil {
 			return nil, err
 		}
@@ -28,12 +33,12 @@ func (o *Orchestrator) ExecuteAction(ctx context.Context, req *specqlv1.ExecuteA
 	}
 	start, err := o.Intake.Prepare(ctx, &intake.Request{
 		Workflow: req.GetWorkflow(), Entity: req.GetEntity(), Action: req.GetAction(), EntityID: req.GetEntityId(), Input: req.GetInput().AsMap(),
-		IdempotencyKey: req.GetIdempotencyKey(), CorrelationID: req.GetCorrelationId(), Subject: subject(ctx),
+		IdempotencyKey: req.GetIdempotencyKey(), CorrelationID: req.GetCorrelationId(), TenantID: tenant, Subject: caller.Subject,
 		Traceparent: telemetry.Traceparent(trace.SpanContextFromContext(ctx)),
 	})
 	if err != nil {
 		// What the first request with the key asked for may not be valid any more; its run is there.
-		if run, failed := o.first(ctx, req.GetIdempotencyKey()); failed != nil || run != nil {
+		if run, failed := o.first(ctx, tenant, req.GetIdempotencyKey()); failed != nil || run != nil {
 			if failed != nil {
 				return nil, failed
 			}
@@ -56,15 +61,15 @@ func (o *Orchestrator) ExecuteAction(ctx context.Context, req *specqlv1.ExecuteA
 		}
 		return nil, fault.Wrap(err, fault.Unavailable, "the run could not be made durable; ask again with the same idempotency key")
 	}
-	o.keys.add(req.GetIdempotencyKey(), run.ID)
+	o.keys.add(tenant, req.GetIdempotencyKey(), run.ID)
 	return o.answer(ctx, req, run)
 }
 
 // known finds a run that was started with a key a short time ago; nil where it is not known here. The database
 // knows every key, and refuses the second run: that spares a question before each start. But a record that it refuses costs those
 // that are written with it time, so that who repeats a start often is answered from memory.
-func (o *Orchestrator) known(ctx context.Context, key string) (*store.Run, error) {
-	id := o.keys.get(key)
+func (o *Orchestrator) known(ctx context.Context, tenant, key string) (*store.Run, error) {
+	id := o.keys.get(tenant, key)
 	if id == "" {
 		return nil, nil
 	}
@@ -76,11 +81,11 @@ func (o *Orchestrator) known(ctx context.Context, key string) (*store.Run, error
 }
 
 // first finds the run that was started with a key; nil for none.
-func (o *Orchestrator) first(ctx context.Context, key string) (*store.Run, error) {
+func (o *Orchestrator) first(ctx context.Context, tenant, key string) (*store.Run, error) {
 	if key == "" {
 		return nil, nil
 	}
-	run, err := o.Store.RunByKey(ctx, "", key)
+	run, err := o.Store.RunByKey(ctx, tenant, key)
 	if errors.Is(err, store.ErrNotFound) {
 		return nil, nil
 	}
@@ -90,26 +95,29 @@ func (o *Orchestrator) first(ctx context.Context, key string) (*store.Run, error
 // mostKeys is how many keys one generation of [recentKeys] holds: a few megabytes.
 const mostKeys = 10_000
 
+// tenantKey is an idempotency key: each tenant has its own.
+type tenantKey struct{ tenant, key string }
+
 // recentKeys remembers the runs of the idempotency keys that were used last. The zero value is empty.
 type recentKeys struct {
 	mu sync.Mutex
 	// young is filled until it takes the place of old.
-	young, old map[string]string
+	young, old map[tenantKey]string
 }
 
-func (k *recentKeys) get(key string) (runID string) {
+func (k *recentKeys) get(tenant, key string) (runID string) {
 	if key == "" {
 		return ""
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if id, ok := k.young[key]; ok {
+	if id, ok := k.young[tenantKey{tenant, key}]; ok {
 		return id
 	}
-	return k.old[key]
+	return k.old[tenantKey{tenant, key}]
 }
 
-func (k *recentKeys) add(key, runID string) {
+func (k *recentKeys) add(tenant, key, runID string) {
 	if key == "" {
 		return
 	}
@@ -119,9 +127,9 @@ func (k *recentKeys) add(key, runID string) {
 		k.young, k.old = nil, k.young
 	}
 	if k.young == nil {
-		k.young = map[string]string{}
+		k.young = map[tenantKey]string{}
 	}
-	k.young[key] = runID
+	k.young[tenantKey{tenant, key}] = runID
 }
 
 // answer gives the run as it is, or once it has ended.
@@ -173,12 +181,4 @@ func checkExecuteAction(req *specqlv1.ExecuteActionRequest) error {
 		}
 	}
 	return v.Err()
-}
-
-// subject is who asks: the role of the certificate, where there is one.
-func subject(ctx context.Context) string {
-	if role := mesh.PeerRole(ctx); role != "" {
-		return role
-	}
-	return "anonymous"
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -16,7 +17,7 @@ func (i *Insight) GetCost(ctx context.Context, req *specqlv1.GetCostRequest) (*s
 	if err := v.Err(); err != nil {
 		return nil, err
 	}
-	rows, err := i.Store.Costs(ctx, store.JobFilter{Service: req.GetService(), ExecutionType: req.GetExecutionType()})
+	rows, err := i.Store.Costs(ctx, store.JobFilter{Tenants: auth.From(ctx).Tenants(), Service: req.GetService(), ExecutionType: req.GetExecutionType()})
 	if err != nil {
 		return nil, reportError(err)
 	}

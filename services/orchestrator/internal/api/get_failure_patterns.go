@@ -18,7 +18,7 @@ import (
 // GetFailurePatterns implements InsightService.
 func (i *Insight) GetFailurePatterns(ctx context.Context, req *specqlv1.GetFailurePatternsRequest) (*specqlv1.GetFailurePatternsResponse, error) {
 	var v intake.Violations
-	f := jobFilter(&v, req.GetFilter())
+	f := jobFilter(ctx, &v, req.GetFilter())
 	if err := v.Err(); err != nil {
 		return nil, err
 	}

@@ -11,7 +11,7 @@ import (
 // GetPerformance implements InsightService.
 func (i *Insight) GetPerformance(ctx context.Context, req *specqlv1.GetPerformanceRequest) (*specqlv1.GetPerformanceResponse, error) {
 	var v intake.Violations
-	f := jobFilter(&v, req.GetFilter())
+	f := jobFilter(ctx, &v, req.GetFilter())
 	if err := v.Err(); err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -15,7 +16,7 @@ func (i *Insight) GetQueueHealth(ctx context.Context, req *specqlv1.GetQueueHeal
 	if err := v.Err(); err != nil {
 		return nil, err
 	}
-	rows, err := i.Store.QueueHealth(ctx, store.JobFilter{ExecutionType: req.GetExecutionType()})
+	rows, err := i.Store.QueueHealth(ctx, store.JobFilter{Tenants: auth.From(ctx).Tenants(), ExecutionType: req.GetExecutionType()})
 	if err != nil {
 		return nil, reportError(err)
 	}

@@ -15,7 +15,7 @@ import (
 // GetResourceUsage implements InsightService.
 func (i *Insight) GetResourceUsage(ctx context.Context, req *specqlv1.GetResourceUsageRequest) (*specqlv1.GetResourceUsageResponse, error) {
 	var v intake.Violations
-	f := jobFilter(&v, req.GetFilter())
+	f := jobFilter(ctx, &v, req.GetFilter())
 	if err := v.Err(); err != nil {
 		return nil, err
 	}

@@ -14,7 +14,7 @@ import (
 // GetSecurityAudit implements InsightService.
 func (i *Insight) GetSecurityAudit(ctx context.Context, req *specqlv1.GetSecurityAuditRequest) (*specqlv1.GetSecurityAuditResponse, error) {
 	var v intake.Violations
-	f := jobFilter(&v, req.GetFilter())
+	f := jobFilter(ctx, &v, req.GetFilter())
 	limit := int(req.GetLimit())
 	switch {
 	case limit < 0:

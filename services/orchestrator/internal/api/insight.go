@@ -12,6 +12,7 @@ import (
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/registry"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
@@ -44,10 +45,10 @@ type Checkers interface {
 }
 
 // jobFilter reads a filter.
-func jobFilter(v *intake.Violations, f *specqlv1.JobFilter) store.JobFilter {
+func jobFilter(ctx context.Context, v *intake.Violations, f *specqlv1.JobFilter) store.JobFilter {
 	name(v, "filter.service", f.GetService())
 	name(v, "filter.execution_type", f.GetExecutionType())
-	out := store.JobFilter{Service: f.GetService(), ExecutionType: f.GetExecutionType()}
+	out := store.JobFilter{Tenants: auth.From(ctx).Tenants(), Service: f.GetService(), ExecutionType: f.GetExecutionType()}
 	if since := f.GetSince(); since != nil {
 		out.Since = since.AsTime()
 		// The years that every database can compare with.

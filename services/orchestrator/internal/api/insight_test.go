@@ -16,6 +16,7 @@ import (
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 	"github.com/specql/mesh/services/orchestrator/internal/store/sqlite"
 )
@@ -96,7 +97,7 @@ func TestInsight(t *testing.T) {
 	require.NoError(t, results[0])
 
 	insight := &Insight{Store: st}
-	ctx, recent := t.Context(), timestamppb.New(now.Add(-time.Hour))
+	ctx, recent := auth.With(t.Context(), auth.Anonymous("test", "")), timestamppb.New(now.Add(-time.Hour))
 	p, err := insight.GetPerformance(ctx, &specqlv1.GetPerformanceRequest{})
 	require.NoError(t, err)
 	require.Len(t, p.GetPerformance(), 2)
@@ -197,7 +198,7 @@ func (m manyJobs) Violations(_ context.Context, _ store.JobFilter, limit int) ([
 
 func TestReportsAreBounded(t *testing.T) {
 	t.Parallel()
-	ctx, f := t.Context(), &specqlv1.JobFilter{Service: "s"}
+	ctx, f := auth.With(t.Context(), auth.Anonymous("test", "")), &specqlv1.JobFilter{Service: "s"}
 	for n, more := range map[int]bool{maxFigures: false, maxFigures + 1: true} {
 		insight := &Insight{Store: manyJobs{n: n}}
 		p, err := insight.GetPerformance(ctx, &specqlv1.GetPerformanceRequest{Filter: f})

@@ -9,6 +9,7 @@ import (
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/spec"
 	"github.com/specql/mesh/services/orchestrator/internal/alert"
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -22,6 +23,9 @@ func (i *Insight) ListAlerts(ctx context.Context, req *specqlv1.ListAlertsReques
 	}
 	if err := v.Err(); err != nil {
 		return nil, err
+	}
+	if auth.From(ctx).Tenants() != nil {
+		return nil, auth.ErrAllTenants
 	}
 	rows, err := i.Alerts.AlertStates(ctx)
 	if err != nil {

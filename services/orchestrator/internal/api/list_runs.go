@@ -6,6 +6,7 @@ import (
 	"github.com/google/uuid"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -31,7 +32,7 @@ func (o *Orchestrator) ListRuns(ctx context.Context, req *specqlv1.ListRunsReque
 	case size == 0:
 		size = defaultPage
 	}
-	filter := store.RunFilter{Entity: req.GetEntity(), Action: req.GetAction(), Before: req.GetPageToken(), Limit: min(size, maxPage)}
+	filter := store.RunFilter{Tenants: auth.From(ctx).Tenants(), Entity: req.GetEntity(), Action: req.GetAction(), Before: req.GetPageToken(), Limit: min(size, maxPage)}
 	for _, s := range req.GetStatuses() {
 		status, ok := statusOf(s)
 		if !ok {

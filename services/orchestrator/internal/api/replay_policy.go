@@ -29,7 +29,7 @@ const (
 // ReplayPolicy implements InsightService.
 func (i *Insight) ReplayPolicy(ctx context.Context, req *specqlv1.ReplayPolicyRequest) (*specqlv1.ReplayPolicyResponse, error) {
 	var v intake.Violations
-	f := jobFilter(&v, req.GetFilter())
+	f := jobFilter(ctx, &v, req.GetFilter())
 	name(&v, "page_token", req.GetPageToken())
 	limit := int(req.GetPageSize())
 	switch {

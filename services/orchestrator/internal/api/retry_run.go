@@ -11,6 +11,9 @@ func (o *Orchestrator) RetryRun(ctx context.Context, req *specqlv1.RetryRunReque
 	if err := checkID(req.GetId()); err != nil {
 		return nil, err
 	}
+	if err := o.visible(ctx, req.GetId()); err != nil {
+		return nil, err
+	}
 	if err := o.Engine.Retry(ctx, req.GetId()); err != nil {
 		return nil, runError(err, req.GetId(), "only a failed or cancelled run can be retried")
 	}

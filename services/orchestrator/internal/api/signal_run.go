@@ -33,6 +33,9 @@ func (o *Orchestrator) SignalRun(ctx context.Context, req *specqlv1.SignalRunReq
 	if err := v.Err(); err != nil {
 		return nil, err
 	}
+	if err := o.visible(ctx, req.GetId()); err != nil {
+		return nil, err
+	}
 	if err := o.Engine.Signal(ctx, req.GetId(), req.GetName(), payload); err != nil {
 		return nil, runError(err, req.GetId(), "the run has ended already")
 	}

@@ -18,6 +18,9 @@ func (o *Orchestrator) WatchRun(req *specqlv1.WatchRunRequest, stream grpc.Serve
 		v.Add("after_sequence", "must not be negative")
 		return v.Err()
 	}
+	if err := o.visible(stream.Context(), req.GetId()); err != nil {
+		return err
+	}
 	err := o.Engine.Watch(stream.Context(), req.GetId(), req.GetAfterSequence(), req.GetLogs(), func(ev *engine.Event) error {
 		m := &specqlv1.WatchRunResponse{Sequence: ev.Sequence, Time: timeProto(ev.Time)}
 		switch {

@@ -1,5 +1,5 @@
-// Package console shows runs in a browser: read-only pages made on the server, with no
-// script and nothing from elsewhere.
+// Package console shows runs in a browser: pages made on the server that change nothing, with
+// no script and nothing from elsewhere.
 package console
 
 import (
@@ -15,6 +15,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
+
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
@@ -31,8 +34,8 @@ type Store interface {
 
 const pageSize = 100
 
-// New makes the console's handler.
-func New(s Store, logger *slog.Logger) (http.Handler, error) {
+// New makes the console's handler. It asks for a token where who does.
+func New(s Store, who *auth.Authenticator, logger *slog.Logger) (http.Handler, error) {
 	t, err := template.New("").Funcs(template.FuncMap{
 		"ago": func(t time.Time) string {
 			if t.IsZero() {
@@ -56,19 +59,24 @@ func New(s Store, logger *slog.Logger) (http.Handler, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the console's pages: %w", err)
 	}
-	h := &handler{store: s, logger: logger, pages: t}
+	h := &handler{store: s, who: who, logger: logger, pages: t, sessions: sessions{now: time.Now}}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /{$}", h.runs)
-	mux.HandleFunc("GET /runs/{id}", h.run)
-	mux.HandleFunc("GET /alerts", h.alerts)
+	mux.Handle("GET /{$}", h.admit(h.runs))
+	mux.Handle("GET /runs/{id}", h.admit(h.run))
+	mux.Handle("GET /alerts", h.admit(h.alerts))
+	mux.HandleFunc("GET /login", h.loginPage)
+	mux.HandleFunc("POST /login", h.login)
+	mux.HandleFunc("POST /logout", h.logout)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
-	return guard(mux), nil
+	return guard(http.NewCrossOriginProtection().Handler(mux)), nil
 }
 
 type handler struct {
-	store  Store
-	logger *slog.Logger
-	pages  *template.Template
+	store    Store
+	who      *auth.Authenticator
+	logger   *slog.Logger
+	pages    *template.Template
+	sessions sessions
 }
 
 // guard keeps pages of other origins from reading, framing or scripting these.
@@ -83,15 +91,36 @@ func guard(next http.Handler) http.Handler {
 			http.Error(w, "the console answers to localhost and loopback addresses alone", http.StatusMisdirectedRequest)
 			return
 		}
-		w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")
-		w.Header().Set("X-Content-Type-Options", "nosniff")
-		w.Header().Set("Referrer-Policy", "no-referrer")
+		if site := r.Header.Get("Sec-Fetch-Site"); site != "" && site != "same-origin" && site != "none" && r.Header.Get("Sec-Fetch-Mode") != "navigate" {
+			http.Error(w, "the console answers to no page of others", http.StatusForbidden)
+			return
+		}
+		header := w.Header()
+		header.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'")
+		header.Set("X-Content-Type-Options", "nosniff")
+		header.Set("X-Frame-Options", "DENY")
+		header.Set("Referrer-Policy", "no-referrer")
+		header.Set("Cross-Origin-Opener-Policy", "same-origin")
+		header.Set("Cross-Origin-Resource-Policy", "same-origin")
+		header.Set("Cache-Control", "no-store")
 		next.ServeHTTP(w, r)
 	})
 }
 
 func (h *handler) runs(w http.ResponseWriter, r *http.Request) {
-	runs, err := h.store.Runs(r.Context(), store.RunFilter{Limit: pageSize, Before: r.URL.Query().Get("before")})
+	caller := auth.From(r.Context())
+	tenant := r.URL.Query().Get("tenant")
+	acting, err := caller.ActingFor(tenant)
+	if err != nil {
+		refuse(w, err)
+		return
+	}
+	before := r.URL.Query().Get("before")
+	if before != "" && uuid.Validate(before) != nil {
+		http.Error(w, "before is no id of a run", http.StatusBadRequest)
+		return
+	}
+	runs, err := h.store.Runs(r.Context(), store.RunFilter{Limit: pageSize, Before: before, Tenants: acting.Tenants()})
 	if err != nil {
 		h.fail(w, err)
 		return
@@ -100,21 +129,25 @@ func (h *handler) runs(w http.ResponseWriter, r *http.Request) {
 	if len(runs) == pageSize {
 		next = runs[len(runs)-1].ID
 	}
-	h.page(w, "runs.html", map[string]any{"Runs": runs, "Next": next})
+	h.page(w, http.StatusOK, "runs.html", map[string]any{"Runs": runs, "Next": next, "Tenant": tenant, "Tenants": len(caller.Tenants()) != 1, "Caller": caller, "Out": h.who.Enabled()})
 }
 
 func (h *handler) alerts(w http.ResponseWriter, r *http.Request) {
+	if auth.From(r.Context()).Tenants() != nil {
+		refuse(w, auth.ErrAllTenants)
+		return
+	}
 	states, err := h.store.AlertStates(r.Context())
 	if err != nil {
 		h.fail(w, err)
 		return
 	}
-	h.page(w, "alerts.html", map[string]any{"Alerts": states})
+	h.page(w, http.StatusOK, "alerts.html", map[string]any{"Alerts": states})
 }
 
 func (h *handler) run(w http.ResponseWriter, r *http.Request) {
 	run, err := h.store.Run(r.Context(), r.PathValue("id"))
-	if errors.Is(err, store.ErrNotFound) {
+	if errors.Is(err, store.ErrNotFound) || err == nil && !auth.From(r.Context()).Sees(run.TenantID) {
 		http.Error(w, "there is no such run", http.StatusNotFound)
 		return
 	}
@@ -127,11 +160,12 @@ func (h *handler) run(w http.ResponseWriter, r *http.Request) {
 		h.fail(w, err)
 		return
 	}
-	h.page(w, "run.html", map[string]any{"Run": run, "Jobs": jobs, "Live": !run.Status.Final()})
+	h.page(w, http.StatusOK, "run.html", map[string]any{"Run": run, "Jobs": jobs, "Live": !run.Status.Final()})
 }
 
-func (h *handler) page(w http.ResponseWriter, name string, data any) {
+func (h *handler) page(w http.ResponseWriter, code int, name string, data any) {
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.WriteHeader(code)
 	if err := h.pages.ExecuteTemplate(w, name, data); err != nil {
 		h.logger.Warn("a console page broke off", "page", name, "error", err)
 	}
