@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/otel/propagation"
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -88,6 +89,8 @@ type Handler struct {
 	epochOrder []pastEpoch
 	inFlight   int
 	draining   bool
+	// closing is closed when draining begins.
+	closing chan struct{}
 }
 
 // pastEpoch is the epoch that a job had last.
@@ -104,7 +107,7 @@ func Register(s grpc.ServiceRegistrar, jr JobRunner, o Options) *Handler {
 		o.MaxConcurrency = defaultMaxConcurrency
 	}
 	h := &Handler{
-		runner: jr, o: o, log: telemetry.OrDiscard(o.Logger), jobs: map[string]*job{}, epochs: map[string]pastEpoch{},
+		runner: jr, o: o, log: telemetry.OrDiscard(o.Logger), jobs: map[string]*job{}, epochs: map[string]pastEpoch{}, closing: make(chan struct{}),
 		jobsDone: telemetry.Registered(o.Registerer, prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "specql_runner_jobs_total", Help: "Attempts that ended, by execution type and outcome: completed or the error's code.",
 		}, []string{"execution_type", "outcome"})),
@@ -277,7 +280,6 @@ func (h *Handler) recovered(ctx context.Context, what string, err *error) {
 
 // Execute implements RunnerService.
 func (h *Handler) Execute(stream grpc.BidiStreamingServer[runnerv1.ExecuteRequest, runnerv1.ExecuteResponse]) error {
-	ctx := stream.Context()
 	first, err := stream.Recv()
 	if err != nil {
 		return status.Error(codes.InvalidArgument, "the first message must be start")
@@ -286,6 +288,33 @@ func (h *Handler) Execute(stream grpc.BidiStreamingServer[runnerv1.ExecuteReques
 	if start == nil {
 		return status.Error(codes.InvalidArgument, "the first message must be start")
 	}
+	t := &talk{h: h, stream: stream, starts: make(chan *runnerv1.Job, 1)}
+	for err == nil && start != nil {
+		if err = t.carry(start); err == nil {
+			start, err = t.next(start)
+		}
+	}
+	return err
+}
+
+// talk is one stream: one job, or one after the other.
+type talk struct {
+	h      *Handler
+	stream grpc.BidiStreamingServer[runnerv1.ExecuteRequest, runnerv1.ExecuteResponse]
+	// starts has the next job. It is closed when the client says no more; then wrong says whether it said something wrong.
+	starts chan *runnerv1.Job
+	wrong  error
+	steers bool
+
+	mu sync.Mutex
+	// job and sub are what commands are for; nil between two jobs.
+	job *job
+	sub *subscriber
+}
+
+// carry begins or joins a job and tells the client of it until its end.
+func (t *talk) carry(start *runnerv1.Job) error {
+	ctx := t.stream.Context()
 	asked, err := newJob(start)
 	if err != nil {
 		return fault.ToStatus(err).Err()
@@ -294,24 +323,35 @@ func (h *Handler) Execute(stream grpc.BidiStreamingServer[runnerv1.ExecuteReques
 	if ctx.Err() != nil {
 		return status.FromContextError(ctx.Err()).Err()
 	}
-	j, sub, attached, err := h.admit(ctx, asked, start.GetLease().AsDuration(), start.GetAttachOnly())
+	if trace := start.GetTraceContext(); len(trace) > 0 {
+		ctx = telemetry.Propagator().Extract(ctx, propagation.MapCarrier(trace))
+	}
+	j, sub, attached, err := t.h.admit(ctx, asked, start.GetLease().AsDuration(), start.GetAttachOnly())
 	if err != nil {
 		return fault.ToStatus(err).Err()
 	}
-	defer h.leave(j, sub)
-	if err := stream.Send(&runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Started{
-		Started: &runnerv1.Started{Time: timestamppb.Now(), Attached: attached},
+	defer t.h.leave(j, sub)
+	t.follow(j, sub)
+	defer t.follow(nil, nil)
+	if err := t.stream.Send(&runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Started{
+		Started: &runnerv1.Started{Time: timestamppb.Now(), Attached: attached, More: start.GetMore()},
 	}}); err != nil {
 		return err
 	}
-	go h.steer(stream, j, sub)
+	if !t.steers {
+		t.steers = true
+		go t.steer()
+	}
 	for {
 		events, end, refused := j.feed.take(sub)
 		if refused != nil {
 			return refused
 		}
+		if end {
+			t.follow(nil, nil) // before the client knows, who may begin the next one at once
+		}
 		for _, e := range events {
-			if err := stream.Send(e); err != nil {
+			if err := t.stream.Send(e); err != nil {
 				return err
 			}
 		}
@@ -326,24 +366,72 @@ func (h *Handler) Execute(stream grpc.BidiStreamingServer[runnerv1.ExecuteReques
 	}
 }
 
-// steer reads the commands that follow start, until the stream ends.
-func (h *Handler) steer(stream grpc.BidiStreamingServer[runnerv1.ExecuteRequest, runnerv1.ExecuteResponse], j *job, sub *subscriber) {
+// next waits for the job after one; nil where there is none.
+func (t *talk) next(last *runnerv1.Job) (*runnerv1.Job, error) {
+	if !last.GetMore() {
+		return nil, nil
+	}
+	select {
+	case start, ok := <-t.starts:
+		if !ok {
+			return nil, t.wrong
+		}
+		return start, nil
+	case <-t.h.closing:
+		return nil, nil
+	case <-t.stream.Context().Done():
+		return nil, status.FromContextError(t.stream.Context().Err()).Err()
+	}
+}
+
+func (t *talk) follow(j *job, sub *subscriber) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.job, t.sub = j, sub
+}
+
+// steer reads what follows the first start, until the stream ends.
+func (t *talk) steer() {
+	defer close(t.starts)
 	for {
-		req, err := stream.Recv()
+		req, err := t.stream.Recv()
 		if err != nil {
 			return // the client said all it had to say, or is gone, which the stream's context tells
 		}
+		t.mu.Lock()
+		j, sub := t.job, t.sub
+		t.mu.Unlock()
 		switch c := req.GetCommand().(type) {
 		case *runnerv1.ExecuteRequest_Cancel:
+			if j == nil {
+				continue // it is for the job that has just ended
+			}
 			if !j.feed.follows(sub) {
 				return
 			}
 			reason := cmp.Or(cut(strings.ToValidUTF8(c.Cancel.GetReason(), ""), maxDetailText), "cancelled")
 			j.cancel(fault.New(fault.Cancelled, "%s", reason))
 		case *runnerv1.ExecuteRequest_Renew:
-			h.renew(j, sub)
+			if j != nil {
+				t.h.renew(j, sub)
+			}
+		case *runnerv1.ExecuteRequest_Start:
+			t.wrong = status.Error(codes.InvalidArgument, "a start is the first message, or follows finished where started said more")
+			if j != nil {
+				j.feed.refuseOne(sub, t.wrong)
+				return
+			}
+			select {
+			case t.starts <- c.Start:
+				t.wrong = nil
+			default:
+				return
+			}
 		default:
-			j.feed.refuseOne(sub, status.Error(codes.InvalidArgument, "start is the first message alone"))
+			t.wrong = status.Error(codes.InvalidArgument, "a command is start, cancel or renew")
+			if j != nil {
+				j.feed.refuseOne(sub, t.wrong)
+			}
 			return
 		}
 	}
@@ -630,7 +718,10 @@ var (
 // cancelled as UNAVAILABLE, so that they are tried elsewhere, and Drain waits for their end.
 func (h *Handler) Drain(ctx context.Context) {
 	h.mu.Lock()
-	h.draining = true
+	if !h.draining {
+		h.draining = true
+		close(h.closing)
+	}
 	h.mu.Unlock()
 	done := make(chan struct{})
 	go func() {

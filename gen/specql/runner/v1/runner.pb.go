@@ -1188,7 +1188,7 @@ type isExecuteRequest_Command interface {
 }
 
 type ExecuteRequest_Start struct {
-	// The job. First message of the stream, and only there.
+	// The job. First message of the stream; another one follows finished alone, and only where started said more.
 	Start *Job `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
 }
 
@@ -1247,8 +1247,13 @@ type Job struct {
 	// What the orchestrator has reserved for the attempt at limits of costs, in US dollars; absent where it knows of none.
 	// An attempt that can cost more is not begun: it ends with limits_changed.
 	ReservedCostUsd *float64 `protobuf:"fixed64,16,opt,name=reserved_cost_usd,json=reservedCostUsd,proto3,oneof" json:"reserved_cost_usd,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// The W3C headers of the trace that the job belongs to, such as traceparent.
+	TraceContext map[string]string `protobuf:"bytes,17,rep,name=trace_context,json=traceContext,proto3" json:"trace_context,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Another start may follow on this stream once the job has finished. A runner that waits for it
+	// says so in started.
+	More          bool `protobuf:"varint,18,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Job) Reset() {
@@ -1391,6 +1396,20 @@ func (x *Job) GetReservedCostUsd() float64 {
 		return *x.ReservedCostUsd
 	}
 	return 0
+}
+
+func (x *Job) GetTraceContext() map[string]string {
+	if x != nil {
+		return x.TraceContext
+	}
+	return nil
+}
+
+func (x *Job) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
 }
 
 // Cancel ends a job.
@@ -1596,7 +1615,7 @@ type ExecuteResponse_Usage struct {
 }
 
 type ExecuteResponse_Finished struct {
-	// The job ended. Last message of the stream.
+	// The job ended. Last message of the stream, but where started said more.
 	Finished *Finished `protobuf:"bytes,4,opt,name=finished,proto3,oneof"`
 }
 
@@ -1621,7 +1640,10 @@ type Started struct {
 	// When, by the runner's clock.
 	Time *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
 	// True when the job was already running and this stream was attached to it.
-	Attached      bool `protobuf:"varint,2,opt,name=attached,proto3" json:"attached,omitempty"`
+	Attached bool `protobuf:"varint,2,opt,name=attached,proto3" json:"attached,omitempty"`
+	// The stream stays open after finished, and the runner waits for another start, as the job's more
+	// asked for. It may still end the stream then, with OK: a start that it did not answer has begun nothing.
+	More          bool `protobuf:"varint,3,opt,name=more,proto3" json:"more,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1666,6 +1688,13 @@ func (x *Started) GetTime() *timestamppb.Timestamp {
 func (x *Started) GetAttached() bool {
 	if x != nil {
 		return x.Attached
+	}
+	return false
+}
+
+func (x *Started) GetMore() bool {
+	if x != nil {
+		return x.More
 	}
 	return false
 }
@@ -1987,7 +2016,7 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x05start\x18\x01 \x01(\v2\x15.specql.runner.v1.JobH\x00R\x05start\x122\n" +
 	"\x06cancel\x18\x02 \x01(\v2\x18.specql.runner.v1.CancelH\x00R\x06cancel\x12/\n" +
 	"\x05renew\x18\x03 \x01(\v2\x17.specql.runner.v1.RenewH\x00R\x05renewB\t\n" +
-	"\acommand\"\xd4\x04\n" +
+	"\acommand\"\xf7\x05\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x15\n" +
 	"\x06run_id\x18\x02 \x01(\tR\x05runId\x12\x1b\n" +
@@ -2006,7 +2035,12 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x0ecorrelation_id\x18\x0e \x01(\tR\rcorrelationId\x12\x1f\n" +
 	"\vattach_only\x18\x0f \x01(\bR\n" +
 	"attachOnly\x12/\n" +
-	"\x11reserved_cost_usd\x18\x10 \x01(\x01H\x00R\x0freservedCostUsd\x88\x01\x01B\x14\n" +
+	"\x11reserved_cost_usd\x18\x10 \x01(\x01H\x00R\x0freservedCostUsd\x88\x01\x01\x12L\n" +
+	"\rtrace_context\x18\x11 \x03(\v2'.specql.runner.v1.Job.TraceContextEntryR\ftraceContext\x12\x12\n" +
+	"\x04more\x18\x12 \x01(\bR\x04more\x1a?\n" +
+	"\x11TraceContextEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x14\n" +
 	"\x12_reserved_cost_usd\" \n" +
 	"\x06Cancel\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\"\a\n" +
@@ -2017,10 +2051,11 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x05usage\x18\x03 \x01(\v2\x1f.specql.runner.v1.ResourceUsageH\x00R\x05usage\x128\n" +
 	"\bfinished\x18\x04 \x01(\v2\x1a.specql.runner.v1.FinishedH\x00R\bfinished\x125\n" +
 	"\arenewed\x18\x05 \x01(\v2\x19.specql.runner.v1.RenewedH\x00R\arenewedB\a\n" +
-	"\x05event\"U\n" +
+	"\x05event\"i\n" +
 	"\aStarted\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1a\n" +
-	"\battached\x18\x02 \x01(\bR\battached\"\t\n" +
+	"\battached\x18\x02 \x01(\bR\battached\x12\x12\n" +
+	"\x04more\x18\x03 \x01(\bR\x04more\"\t\n" +
 	"\aRenewed\"u\n" +
 	"\x03Log\x12\x12\n" +
 	"\x04line\x18\x01 \x01(\x03R\x04line\x12\x16\n" +
@@ -2058,7 +2093,7 @@ func file_specql_runner_v1_runner_proto_rawDescGZIP() []byte {
 	return file_specql_runner_v1_runner_proto_rawDescData
 }
 
-var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*DescribeRequest)(nil),       // 0: specql.runner.v1.DescribeRequest
 	(*DescribeResponse)(nil),      // 1: specql.runner.v1.DescribeResponse
@@ -2085,65 +2120,67 @@ var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*Renewed)(nil),               // 22: specql.runner.v1.Renewed
 	(*Log)(nil),                   // 23: specql.runner.v1.Log
 	(*Finished)(nil),              // 24: specql.runner.v1.Finished
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
-	(*PolicyCheck)(nil),           // 26: specql.runner.v1.PolicyCheck
-	(*ResourceUsage)(nil),         // 27: specql.runner.v1.ResourceUsage
-	(*Error)(nil),                 // 28: specql.runner.v1.Error
-	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
-	(*SecurityContext)(nil),       // 30: specql.runner.v1.SecurityContext
+	nil,                           // 25: specql.runner.v1.Job.TraceContextEntry
+	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
+	(*PolicyCheck)(nil),           // 27: specql.runner.v1.PolicyCheck
+	(*ResourceUsage)(nil),         // 28: specql.runner.v1.ResourceUsage
+	(*Error)(nil),                 // 29: specql.runner.v1.Error
+	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(*SecurityContext)(nil),       // 31: specql.runner.v1.SecurityContext
 }
 var file_specql_runner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: specql.runner.v1.DescribeResponse.types:type_name -> specql.runner.v1.ExecutionType
 	3,  // 1: specql.runner.v1.DescribeResponse.isolation:type_name -> specql.runner.v1.IsolationFeature
-	25, // 2: specql.runner.v1.DescribeResponse.now:type_name -> google.protobuf.Timestamp
+	26, // 2: specql.runner.v1.DescribeResponse.now:type_name -> google.protobuf.Timestamp
 	4,  // 3: specql.runner.v1.ValidateRequest.service:type_name -> specql.runner.v1.Service
 	5,  // 4: specql.runner.v1.ValidateRequest.operations:type_name -> specql.runner.v1.Operation
 	8,  // 5: specql.runner.v1.ValidateResponse.problems:type_name -> specql.runner.v1.Problem
 	4,  // 6: specql.runner.v1.CheckRequest.service:type_name -> specql.runner.v1.Service
 	10, // 7: specql.runner.v1.CheckRequest.jobs:type_name -> specql.runner.v1.RecordedJob
 	5,  // 8: specql.runner.v1.RecordedJob.operation:type_name -> specql.runner.v1.Operation
-	26, // 9: specql.runner.v1.RecordedJob.checks:type_name -> specql.runner.v1.PolicyCheck
-	27, // 10: specql.runner.v1.RecordedJob.usage:type_name -> specql.runner.v1.ResourceUsage
+	27, // 9: specql.runner.v1.RecordedJob.checks:type_name -> specql.runner.v1.PolicyCheck
+	28, // 10: specql.runner.v1.RecordedJob.usage:type_name -> specql.runner.v1.ResourceUsage
 	12, // 11: specql.runner.v1.CheckResponse.jobs:type_name -> specql.runner.v1.CheckedJob
-	26, // 12: specql.runner.v1.CheckedJob.checks:type_name -> specql.runner.v1.PolicyCheck
-	28, // 13: specql.runner.v1.CheckedJob.error:type_name -> specql.runner.v1.Error
+	27, // 12: specql.runner.v1.CheckedJob.checks:type_name -> specql.runner.v1.PolicyCheck
+	29, // 13: specql.runner.v1.CheckedJob.error:type_name -> specql.runner.v1.Error
 	4,  // 14: specql.runner.v1.LimitsRequest.service:type_name -> specql.runner.v1.Service
 	5,  // 15: specql.runner.v1.LimitsRequest.operation:type_name -> specql.runner.v1.Operation
 	15, // 16: specql.runner.v1.LimitsResponse.limits:type_name -> specql.runner.v1.Limit
-	29, // 17: specql.runner.v1.Limit.window:type_name -> google.protobuf.Duration
+	30, // 17: specql.runner.v1.Limit.window:type_name -> google.protobuf.Duration
 	17, // 18: specql.runner.v1.ExecuteRequest.start:type_name -> specql.runner.v1.Job
 	18, // 19: specql.runner.v1.ExecuteRequest.cancel:type_name -> specql.runner.v1.Cancel
 	19, // 20: specql.runner.v1.ExecuteRequest.renew:type_name -> specql.runner.v1.Renew
 	4,  // 21: specql.runner.v1.Job.service:type_name -> specql.runner.v1.Service
 	5,  // 22: specql.runner.v1.Job.operation:type_name -> specql.runner.v1.Operation
-	29, // 23: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
-	29, // 24: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
-	21, // 25: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
-	23, // 26: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
-	27, // 27: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
-	24, // 28: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
-	22, // 29: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
-	25, // 30: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
-	25, // 31: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
-	28, // 32: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
-	29, // 33: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
-	27, // 34: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
-	30, // 35: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
-	0,  // 36: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
-	6,  // 37: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
-	16, // 38: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
-	9,  // 39: specql.runner.v1.RunnerService.Check:input_type -> specql.runner.v1.CheckRequest
-	13, // 40: specql.runner.v1.RunnerService.Limits:input_type -> specql.runner.v1.LimitsRequest
-	1,  // 41: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
-	7,  // 42: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
-	20, // 43: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
-	11, // 44: specql.runner.v1.RunnerService.Check:output_type -> specql.runner.v1.CheckResponse
-	14, // 45: specql.runner.v1.RunnerService.Limits:output_type -> specql.runner.v1.LimitsResponse
-	41, // [41:46] is the sub-list for method output_type
-	36, // [36:41] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	30, // 23: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
+	30, // 24: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
+	25, // 25: specql.runner.v1.Job.trace_context:type_name -> specql.runner.v1.Job.TraceContextEntry
+	21, // 26: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
+	23, // 27: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
+	28, // 28: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
+	24, // 29: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
+	22, // 30: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
+	26, // 31: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
+	26, // 32: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
+	29, // 33: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
+	30, // 34: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
+	28, // 35: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
+	31, // 36: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
+	0,  // 37: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
+	6,  // 38: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
+	16, // 39: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
+	9,  // 40: specql.runner.v1.RunnerService.Check:input_type -> specql.runner.v1.CheckRequest
+	13, // 41: specql.runner.v1.RunnerService.Limits:input_type -> specql.runner.v1.LimitsRequest
+	1,  // 42: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
+	7,  // 43: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
+	20, // 44: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
+	11, // 45: specql.runner.v1.RunnerService.Check:output_type -> specql.runner.v1.CheckResponse
+	14, // 46: specql.runner.v1.RunnerService.Limits:output_type -> specql.runner.v1.LimitsResponse
+	42, // [42:47] is the sub-list for method output_type
+	37, // [37:42] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_specql_runner_v1_runner_proto_init() }
@@ -2171,7 +2208,7 @@ func file_specql_runner_v1_runner_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_specql_runner_v1_runner_proto_rawDesc), len(file_specql_runner_v1_runner_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

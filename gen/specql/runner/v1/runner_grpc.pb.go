@@ -42,6 +42,7 @@ type RunnerServiceClient interface {
 	// Execute carries out one attempt of one job. The first message starts it; later ones
 	// cancel it or renew its lease. The answer is one started, any number of log and usage
 	// messages and one finished, which comes after everything that the job started is gone.
+	// Where both sides say more, another job may follow on the stream: one after the other.
 	//
 	// A job that failed is a finished message with an error. A gRPC status other than OK
 	// means that the job was not run to its end here: RESOURCE_EXHAUSTED when the runner is
@@ -134,6 +135,7 @@ type RunnerServiceServer interface {
 	// Execute carries out one attempt of one job. The first message starts it; later ones
 	// cancel it or renew its lease. The answer is one started, any number of log and usage
 	// messages and one finished, which comes after everything that the job started is gone.
+	// Where both sides say more, another job may follow on the stream: one after the other.
 	//
 	// A job that failed is a finished message with an error. A gRPC status other than OK
 	// means that the job was not run to its end here: RESOURCE_EXHAUSTED when the runner is

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"go.opentelemetry.io/otel/propagation"
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -88,6 +89,7 @@ type target struct {
 	address       string
 	conn          *grpc.ClientConn
 	client        runnerv1.RunnerServiceClient
+	sessions      *sessions
 
 	limits limitCache
 
@@ -114,8 +116,9 @@ func New(o Options) (*Dispatcher, error) {
 			d.Close()
 			return nil, fmt.Errorf("runner %s: %w", executionType, err)
 		}
+		client := runnerv1.NewRunnerServiceClient(conn)
 		d.runners[executionType] = &target{
-			executionType: executionType, address: address, conn: conn, client: runnerv1.NewRunnerServiceClient(conn),
+			executionType: executionType, address: address, conn: conn, client: client, sessions: &sessions{client: client},
 		}
 	}
 	return d, nil
@@ -124,6 +127,7 @@ func New(o Options) (*Dispatcher, error) {
 // Close ends the connections.
 func (d *Dispatcher) Close() {
 	for _, t := range d.runners {
+		t.sessions.close()
 		if err := t.conn.Close(); err != nil {
 			d.o.Logger.Debug("a connection to a runner did not close", "execution_type", t.executionType, "error", err)
 		}
@@ -310,7 +314,12 @@ func (a *attempt) begin(ctx context.Context) (*engine.Outcome, next) {
 		return &engine.Outcome{Err: fault.New(fault.Unavailable, "this orchestrator does not know that it still owns the run")}, unowned
 	}
 	a.silentAt = time.Now().Add(a.call.Job.Timeout + grace)
-	return a.try(ctx, min(answerWait, a.call.Job.Timeout), false)
+	for {
+		// A stream that waited may have ended; each is tried once.
+		if out, next := a.try(ctx, min(answerWait, a.call.Job.Timeout), false); next != stale {
+			return out, next
+		}
+	}
 }
 
 // find looks for a job whose stream broke: all replicas are asked in turn, and begin nothing.
@@ -344,23 +353,11 @@ func (a *attempt) find(ctx context.Context, lost *engine.Outcome, why next) (*en
 				return out, next
 			case cut: // it was found and got lost again
 				lost, why, until, n = out, cut, time.Now().Add(a.d.o.Lease), 0
-			case full, unreached, unowned, unsure:
+			case full, unreached, unowned, unsure, stale:
 			}
 		}
 		pause(search, n, longestPause/10) // there may be many replicas
 	}
-}
-
-// session is one stream of one attempt.
-type session struct {
-	stream grpc.BidiStreamingClient[runnerv1.ExecuteRequest, runnerv1.ExecuteResponse]
-	mu     sync.Mutex // Send is not safe for concurrent use
-}
-
-func (s *session) send(m *runnerv1.ExecuteRequest) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.stream.Send(m)
 }
 
 // causes of a stream that this side breaks.
@@ -382,68 +379,73 @@ const (
 	unowned                // it was not tried
 	cut                    // the stream broke in the middle of the job
 	unsure                 // it broke before the replica said whether it had begun the job
+	stale                  // the stream of earlier jobs had ended, and the replica has not begun this one
 )
 
 // try sends the job to one replica, which has so long to say that it runs. With attach the
 // replica begins nothing.
 func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*engine.Outcome, next) {
-	// The stream outlives ctx: a cancel is asked for, and its end waited for.
-	sctx, stop := context.WithCancelCause(context.WithoutCancel(ctx))
-	defer stop(nil)
-	notStarted := time.AfterFunc(wait, func() { stop(errNotStarted) })
+	s, reused := a.t.sessions.take(attach)
+	t := s.begin()
+	again := false // another job may follow on the stream
+	defer func() { t.end(again) }()
+	notStarted := time.AfterFunc(wait, func() { t.stop(errNotStarted) })
 	defer notStarted.Stop()
 	// Until the job is sent there is nothing to be ended over there.
 	unsent := context.AfterFunc(ctx, func() {
 		if !attach || errors.Is(context.Cause(ctx), engine.ErrHandBack) {
-			stop(context.Cause(ctx))
+			t.stop(context.Cause(ctx))
 		}
 	})
 	defer unsent()
-	b := &broken{attempt: a, sctx: sctx, attach: attach}
-	stream, err := a.t.client.Execute(sctx, grpc.WaitForReady(true))
-	if err != nil {
+	b := &broken{attempt: a, sctx: s.ctx, attach: attach, reused: reused}
+	if err := s.open(); err != nil {
 		return b.outcome(err)
 	}
-	s := &session{stream: stream}
 	start := job(a.call, a.d.o.Lease)
-	start.AttachOnly = attach
-	if err := s.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: start}}); err != nil && !errors.Is(err, io.EOF) {
-		return b.outcome(err)
+	start.AttachOnly, start.More = attach, !attach
+	telemetry.Propagator().Inject(ctx, propagation.MapCarrier(start.GetTraceContext()))
+	if err := t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: start}}); err != nil {
+		if reused || !errors.Is(err, io.EOF) {
+			return b.outcome(err) // nothing was sent: the stream had ended before, for one
+		}
 	}
 	b.sent = true
 	unsent()
 	unwatch := context.AfterFunc(ctx, func() {
 		if errors.Is(context.Cause(ctx), engine.ErrHandBack) {
-			stop(engine.ErrHandBack)
+			t.stop(engine.ErrHandBack)
 			return
 		}
-		if s.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Cancel{Cancel: &runnerv1.Cancel{Reason: context.Cause(ctx).Error()}}}) != nil {
+		if t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Cancel{Cancel: &runnerv1.Cancel{Reason: context.Cause(ctx).Error()}}}) != nil {
 			return // Recv says why
 		}
 		timer := time.NewTimer(cancelWait)
 		defer timer.Stop()
 		select {
 		case <-timer.C:
-			stop(errNoCancel)
-		case <-sctx.Done():
+			t.stop(errNoCancel)
+		case <-s.ctx.Done():
+		case <-t.over:
 		}
 	})
 	defer unwatch()
-	silent := time.AfterFunc(time.Until(a.silentAt), func() { stop(errSilent) })
+	silent := time.AfterFunc(time.Until(a.silentAt), func() { t.stop(errSilent) })
 	defer silent.Stop()
-	k := keep(a.d.o, s, func() { stop(errUnheard) })
+	k := keep(a.d.o, t, func() { t.stop(errUnheard) })
 	defer k.end()
 
+	more := false
 	for {
 		k.listen()
-		m, err := stream.Recv()
+		m, err := s.stream.Recv()
 		if err != nil {
 			return b.outcome(err)
 		}
 		k.heard(m.GetRenewed() != nil)
 		switch ev := m.GetEvent().(type) {
 		case *runnerv1.ExecuteResponse_Started:
-			b.started = true
+			b.started, more = true, ev.Started.GetMore()
 			if a.startedAt.IsZero() {
 				a.startedAt = time.Now()
 				a.queue.End()
@@ -457,6 +459,7 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 			a.sink(ev.Log.GetLine(), ev.Log.GetStream(), ev.Log.GetText(), at)
 		case *runnerv1.ExecuteResponse_Usage, *runnerv1.ExecuteResponse_Renewed:
 		case *runnerv1.ExecuteResponse_Finished:
+			again = more && !attach
 			if ev.Finished.GetHandedBack() && context.Cause(ctx) == nil {
 				return finished(ev.Finished), handedBack
 			}
@@ -468,7 +471,7 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 // keeper renews a job's lease until it is ended.
 type keeper struct {
 	o    Options
-	s    *session
+	t    *turn
 	lost func()
 
 	mu    sync.Mutex
@@ -481,11 +484,11 @@ type keeper struct {
 	unanswered int
 }
 
-// keep begins to renew the lease of a session's job. lost is called when the runner does not
+// keep begins to renew the lease of the job whose turn it is. lost is called when the runner does not
 // answer any more. It counts renewals and not time, so that the answers that wait for a
 // process which was stopped itself are read first.
-func keep(o Options, s *session, lost func()) *keeper {
-	k := &keeper{o: o, s: s, lost: lost}
+func keep(o Options, t *turn, lost func()) *keeper {
+	k := &keeper{o: o, t: t, lost: lost}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.timer = time.AfterFunc(o.Lease/renewals, k.renew)
@@ -507,7 +510,7 @@ func (k *keeper) renew() {
 		k.unanswered++
 		k.mu.Unlock() // sending may block
 		// One that cannot be sent ends nothing by itself: Recv says why, or the next one gets through.
-		_ = k.s.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Renew{Renew: &runnerv1.Renew{}}})
+		_ = k.t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Renew{Renew: &runnerv1.Renew{}}})
 		k.mu.Lock()
 	}
 	if !k.over {
@@ -560,6 +563,7 @@ type broken struct {
 
 	sctx          context.Context
 	attach        bool
+	reused        bool
 	sent, started bool
 }
 
@@ -578,6 +582,10 @@ func (b *broken) outcome(err error) (*engine.Outcome, next) {
 		return &engine.Outcome{Err: fault.Wrap(err, fault.Timeout, "the %s runner did not report the job's end within its timeout of %s and %s more", t.executionType, c.Job.Timeout, grace), Unknown: true}, ended
 	case errors.Is(cause, errNoCancel):
 		return &engine.Outcome{Err: fault.Wrap(err, fault.Cancelled, "the %s runner did not confirm the cancel within %s", t.executionType, cancelWait), Unknown: true}, ended
+	}
+	if errors.Is(err, io.EOF) && b.reused && !b.started && cause == nil {
+		// It ended in good order between two jobs, or nothing could be sent on it any more.
+		return &engine.Outcome{Err: fault.New(fault.Unavailable, "the %s runner at %s ended the stream", t.executionType, t.address)}, stale
 	}
 	f := fault.FromError(err)
 	code := status.Code(statusOf(f, err))
@@ -637,5 +645,6 @@ func job(c *engine.Call, lease time.Duration) *runnerv1.Job {
 		Input:     c.Job.Input, Timeout: durationpb.New(c.Job.Timeout), Lease: durationpb.New(lease),
 		ReservedCostUsd: c.Reserved,
 		Subject:         c.Subject, TenantId: c.Job.TenantID, CorrelationId: c.Job.CorrelationID,
+		TraceContext: map[string]string{},
 	}
 }
