@@ -149,6 +149,10 @@ rate: ## A rate and a spend limit, held by three orchestrators under load for RA
 bench: ## What a durable workflow costs, in floors of this machine; the report goes to .cache/bench
 	GOWORK=off go -C bench run . -root ..
 
+.PHONY: bench-guard
+bench-guard: ## A short bench that fails where a count, or a ratio to a floor of the same run, is far beyond what it was
+	GOWORK=off go -C bench run . -root .. -guard -repeat 3 -duration 1s -shapes '^(1 step|40 sequential|100 parallel) x (1|32)$$'
+
 .PHONY: bench-front-door
 bench-front-door: ## 10,000 rows inserted by one SQL statement, and how soon a single one is picked up
 	go test -count=1 -timeout 30m -run '^$$' -bench FrontDoor -benchtime 1x ./test/faults

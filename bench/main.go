@@ -32,6 +32,9 @@ func main() {
 	}
 }
 
+// ours is the name of the system that all this is about.
+const ours = "SpecQL Mesh"
+
 // settings are PostgreSQL's, beside fsync, synchronous_commit and full_page_writes, which are on.
 var settings = []string{"shared_buffers=512MB", "max_wal_size=4GB"}
 
@@ -57,6 +60,7 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 	floorSeconds := fs.Int("floor-seconds", 1, "how long the database's own rate is measured before each workload")
 	only := fs.String("shapes", ".", "regular expression: the workloads to measure, such as '1 step x 32'")
 	serve := fs.Bool("serve", false, "start everything, print the addresses and wait, to look at it by other means")
+	guard := fs.Bool("guard", false, "fail where a count or a ratio to a floor is beyond its bound, whose margin is wide")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
@@ -118,7 +122,10 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 		}
 		b.sayf("%d of %d rounds done", n+1, *repeat)
 	}
-	return b.report(*out)
+	if err := b.report(ctx, *out); err != nil || !*guard {
+		return err
+	}
+	return b.check()
 }
 
 func (b *bench) sayf(format string, args ...any) {
@@ -197,7 +204,7 @@ func (b *bench) measure(ctx context.Context, m *meter, c *client.Client, sh shap
 	if err != nil {
 		return err
 	}
-	r.System, r.Shape, r.Steps, r.F1, r.F32, r.EchoMs = "SpecQL Mesh", sh.name, sh.steps, f1, f32, ms(echo)
+	r.System, r.Shape, r.Steps, r.F1, r.F32, r.EchoMs = ours, sh.name, sh.steps, f1, f32, ms(echo)
 	b.results = append(b.results, r)
 	b.sayf("%-16s x %-3d p50 %8.2f ms %8.1f/s  /F32 %.4f  writes %7.3f  CPU %8.3f ms (%.3f a step: %s)  F1 %.0f F32 %.0f echo %.3f ms",
 		sh.name, concurrency, r.P50Ms, r.PerSecond, r.rate(), r.Writes, r.CPUMs, r.stepCPU(), parts(r), f1, f32, r.EchoMs)
