@@ -60,6 +60,7 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 	floorSeconds := fs.Int("floor-seconds", 1, "how long the database's own rate is measured before each workload")
 	only := fs.String("shapes", ".", "regular expression: the workloads to measure, such as '1 step x 32'")
 	serve := fs.Bool("serve", false, "start everything, print the addresses and wait, to look at it by other means")
+	sleepers := fs.Int("sleepers", 0, "measure what so many sleeping runs cost, and nothing else")
 	guard := fs.Bool("guard", false, "fail where a count or a ratio to a floor is beyond its bound, whose margin is wide")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -102,6 +103,9 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 		b.sayf("orchestrator at %s, certificates in %s, database %s", s.client.Conn().Target(), b.dir, database)
 		<-ctx.Done()
 		return nil
+	}
+	if *sleepers > 0 {
+		return b.scale(ctx, m, s, *sleepers)
 	}
 	if err := b.warmUp(ctx, s.client); err != nil {
 		return err
