@@ -173,7 +173,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	in := &intake.Intake{Registry: reg, Rows: st}
 	eng = engine.New(engine.Options{
 		Journal: journal, Store: st, Plans: reg, Dispatcher: dispatcher, Clock: clock, Logger: o.Logger,
-		Owner: owner.String(), Intake: in, Refresh: reg.Refresh, Retain: o.Retain, MaxRuns: o.MaxRuns, Observer: m, TracerProvider: o.TracerProvider,
+		Owner: owner.String(), Intake: in, Refresh: reg.Refresh, Retain: o.Retain, MaxRuns: o.MaxRuns, ParkAfter: parkAfter, Observer: m, TracerProvider: o.TracerProvider,
 	})
 	m.walking(eng.Walking)
 	drain := cmp.Or(o.DrainTimeout, 10*time.Second)
@@ -270,6 +270,9 @@ func (s *starting) waitsFor() error {
 	}
 	return cmp.Or(s.cause, errors.New("starting"))
 }
+
+// parkAfter is how long a run has to sleep for its walk to end meanwhile. To walk it again costs a read of all its steps.
+const parkAfter = 30 * time.Second
 
 // openWait is how long an orchestrator that starts waits for its PostgreSQL.
 const openWait = time.Minute

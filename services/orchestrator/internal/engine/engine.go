@@ -179,6 +179,9 @@ type Options struct {
 	Refresh func(ctx context.Context) error
 	// Retain is for how long runs are kept that have ended; 0 is for ever.
 	Retain time.Duration
+	// ParkAfter is how long a run has to sleep to be parked: its walk ends, and begins anew when its time has come or a
+	// signal arrives. One with several branches is not parked. 0 parks none.
+	ParkAfter time.Duration
 	// MaxRuns is how many runs are walked at once, sleeping ones not counted.
 	MaxRuns int
 	// Observer is told of what happens, for metrics. May be nil.
@@ -203,12 +206,14 @@ type Engine struct {
 	// queued are runs that wait to be loaded, and admitting the jobs that wait to become runs.
 	queued    map[string]bool
 	admitting map[string]bool
-	draining  bool
-	drain     context.Context // ends when draining begins
-	endDrain  context.CancelFunc
-	base      context.Context
-	stop      context.CancelCauseFunc
-	wg        sync.WaitGroup
+	// parked are the runs that sleep for long.
+	parked   map[string]*parking
+	draining bool
+	drain    context.Context // ends when draining begins
+	endDrain context.CancelFunc
+	base     context.Context
+	stop     context.CancelCauseFunc
+	wg       sync.WaitGroup
 }
 
 // New makes an engine. Close ends it.
@@ -223,7 +228,7 @@ func New(o Options) *Engine {
 		o.Observer = unobserved{}
 	}
 	e := &Engine{
-		Options: o, hub: newHub(), slots: newSlots(o.MaxRuns), runs: map[string]*run{}, queued: map[string]bool{}, admitting: map[string]bool{}, members: newMembership(o.Owner),
+		Options: o, hub: newHub(), slots: newSlots(o.MaxRuns), runs: map[string]*run{}, queued: map[string]bool{}, admitting: map[string]bool{}, parked: map[string]*parking{}, members: newMembership(o.Owner),
 	}
 	e.joined, e.part = context.WithCancel(context.Background())
 	e.drain, e.endDrain = context.WithCancel(context.Background())
@@ -403,6 +408,7 @@ func (e *Engine) register(r *run) error {
 	if _, ok := e.runs[r.id]; ok {
 		return fault.New(fault.Unavailable, "run %s is just ending; ask again", r.id)
 	}
+	e.dropParked(r.id)
 	e.runs[r.id] = r
 	e.wg.Add(1)
 	return nil
@@ -505,8 +511,12 @@ func (e *Engine) forget(r *run) {
 	if e.runs[r.id] == r {
 		delete(e.runs, r.id)
 	}
+	again := e.park(r)
 	e.mu.Unlock()
 	close(r.gone)
+	if again {
+		e.resume(r.id)
+	}
 	e.wg.Done()
 }
 
@@ -548,15 +558,18 @@ func (e *Engine) Cancel(ctx context.Context, id, reason string) error {
 	if err := e.Store.RequestCancel(ctx, id, reason); err != nil {
 		return err
 	}
-	if r := e.running(id); r != nil {
-		r.cancel(reason)
-	} else {
-		e.endQueued(id)
-	}
+	e.cancelHere(id, reason)
 	return e.Wait(ctx, id)
 }
 
-// endQueued ends a cancelled run that waits for a slot: it needs none for that.
+// cancelHere ends a run of this orchestrator that was cancelled.
+func (e *Engine) cancelHere(id, reason string) {
+	if r := e.running(id); r == nil || !r.cancel(reason) {
+		e.endQueued(id)
+	}
+}
+
+// endQueued ends a cancelled run that is not walked, because it waits for a slot or is parked: it needs none for that.
 func (e *Engine) endQueued(id string) {
 	r := newRun(e, &store.Run{ID: id}, nil)
 	r.slotless = true
@@ -611,10 +624,15 @@ func (e *Engine) Signal(ctx context.Context, id, name string, payload json.RawMe
 	if err := e.Store.AddSignal(ctx, s); err != nil {
 		return err
 	}
-	if r := e.running(id); r != nil {
-		r.deliver(s)
-	}
+	e.deliverHere(s)
 	return nil
+}
+
+// deliverHere gives a signal to its run, if that is this orchestrator's.
+func (e *Engine) deliverHere(s *store.Signal) {
+	if r := e.running(s.RunID); r == nil || !r.deliver(s) {
+		e.unpark(s.RunID, s.ID)
+	}
 }
 
 // Wait returns when a run has ended.
@@ -684,6 +702,10 @@ func (e *Engine) Close(ctx context.Context) {
 		e.handOver(id) // it waits for nothing here any more
 	}
 	clear(e.queued)
+	for id := range e.parked {
+		e.dropParked(id)
+		e.handOver(id)
+	}
 	e.mu.Unlock()
 	done := make(chan struct{})
 	go func() {

@@ -215,6 +215,9 @@ func (e *Engine) evict(ctx context.Context) {
 	for _, r := range e.runs {
 		runs = append(runs, r)
 	}
+	for id := range e.parked {
+		e.dropParked(id)
+	}
 	e.mu.Unlock()
 	e.Logger.Error("the others took this orchestrator for dead: it lets go of its runs and joins again", "was", old, "runs", len(runs))
 	for _, r := range runs {
@@ -277,7 +280,7 @@ func (e *Engine) reconcile(ctx context.Context) error {
 	}
 	e.lostClaim(time.Now())
 	for _, id := range runs {
-		if e.running(id) == nil {
+		if e.running(id) == nil && !e.isParked(id) {
 			e.resume(id) // one that has just ended is seen to have
 		}
 	}
@@ -412,16 +415,10 @@ func (e *Engine) hears(ctx context.Context) {
 			return
 		}
 		for id, reason := range req.Cancels {
-			if r := e.running(id); r != nil {
-				r.cancel(reason)
-			} else {
-				e.endQueued(id)
-			}
+			e.cancelHere(id, reason)
 		}
 		for _, s := range req.Signals {
-			if r := e.running(s.RunID); r != nil {
-				r.deliver(s)
-			}
+			e.deliverHere(s)
 		}
 	})
 }

@@ -62,6 +62,11 @@ type run struct {
 	// its end is durable as it is here.
 	whole, written bool
 
+	// parks says that the walk ends because the run sleeps until wakeAt, zero for ever; left, that it was parked; asked, that
+	// somebody wanted something of the walk meanwhile.
+	parks, left, asked bool
+	wakeAt             time.Time
+
 	// lost is why the journal took no record; the walk ends and someone else goes on.
 	lost error
 	// fatal is why the database will never take a record; the run fails with it. refused are
@@ -81,6 +86,8 @@ type run struct {
 	// live branches, those of them that sleep, and whether the slot was given back.
 	live, asleep int
 	slotless     bool
+	// forks is how many parallel steps and loops the walk is in.
+	forks int
 }
 
 // outgoing is a log line or a record on its way to the journal.
@@ -301,19 +308,32 @@ func (r *run) lose(owner string) {
 	r.stop(fmt.Errorf("%w: %w", ErrHandBack, r.lost))
 }
 
-func (r *run) cancel(reason string) { r.stop(&cancelledError{reason}) }
+// cancel ends the walk; false where it has ended already because the run is parked.
+func (r *run) cancel(reason string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.asked = true
+	r.stop(&cancelledError{reason})
+	return !r.left
+}
 
-func (r *run) deliver(s *store.Signal) {
+// deliver gives the walk a signal; false where it has ended already because the run is parked.
+func (r *run) deliver(s *store.Signal) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, have := range r.signals {
 		if have.ID == s.ID {
-			return
+			return true
 		}
 	}
+	if r.left {
+		return false
+	}
+	r.asked = true
 	r.signals = append(r.signals, s)
 	close(r.signalled)
 	r.signalled = make(chan struct{})
+	return true
 }
 
 func (r *run) waiting() []*store.Step {
@@ -737,9 +757,12 @@ func (r *run) endLeftovers() {
 // someone goes on.
 func (r *run) handedBack(err error) bool {
 	r.mu.Lock()
-	lost := r.lost
+	lost, parks := r.lost, r.parks
 	r.mu.Unlock()
 	if lost == nil {
+		if errors.Is(err, ErrHandBack) && parks {
+			return true
+		}
 		if errors.Is(err, ErrHandBack) {
 			r.e.handOver(r.id)
 			return true
@@ -805,6 +828,10 @@ func (r *run) sleep() {
 func (r *run) wake(ctx context.Context) error {
 	r.mu.Lock()
 	r.asleep--
+	if r.parks {
+		r.mu.Unlock()
+		return ErrHandBack
+	}
 	need := r.slotless
 	if need {
 		r.slotless = false
@@ -842,6 +869,12 @@ func (r *run) wake(ctx context.Context) error {
 		r.mu.Unlock()
 	}
 	return context.Cause(ctx)
+}
+
+func (r *run) fork(n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.forks += n
 }
 
 // branches changes how many branches are live.

@@ -178,6 +178,8 @@ func (r *run) branchOut(ctx context.Context, n, limit int, waitAll bool, branch 
 			r.branches(-1)
 		}
 	}
+	r.fork(1)
+	defer r.fork(-1)
 	r.branches(limit - 1)
 	for i := range n {
 		tokens <- struct{}{}
@@ -436,6 +438,9 @@ func (r *run) pause(ctx context.Context, s *store.Step, ready func() bool) error
 
 // idle waits until a time, a zero one for ever, or until ready says that it need not.
 func (r *run) idle(ctx context.Context, until time.Time, ready func() bool) error {
+	if (ready == nil || !ready()) && r.mayPark(ctx, until) {
+		return ErrHandBack
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	// Draining ends a pause: whoever takes the run over goes on with it.
