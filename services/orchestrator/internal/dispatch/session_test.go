@@ -26,7 +26,9 @@ type echoing struct{ begun chan string }
 func (echoing) Describe(context.Context) (*runner.Description, error) {
 	return &runner.Description{Name: "echo-runner", Types: []runner.Type{{Name: "echo"}}}, nil
 }
+
 func (echoing) Validate(context.Context, *runner.Service) ([]runner.Problem, error) { return nil, nil }
+
 func (e echoing) Execute(ctx context.Context, j *runner.Job, _ runner.Sink) (*runner.Result, error) {
 	if j.Operation.Name == "hang" {
 		e.begun <- j.ID
