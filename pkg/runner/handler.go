@@ -323,7 +323,7 @@ func (t *talk) carry(start *runnerv1.Job) error {
 	if ctx.Err() != nil {
 		return status.FromContextError(ctx.Err()).Err()
 	}
-	if trace := start.GetTraceContext(); len(trace) > 0 {
+	if trace := start.GetTraceContext(); start.GetMore() && len(trace) > 0 { // else the stream's headers say it
 		ctx = telemetry.Propagator().Extract(ctx, propagation.MapCarrier(trace))
 	}
 	j, sub, attached, err := t.h.admit(ctx, asked, start.GetLease().AsDuration(), start.GetAttachOnly())

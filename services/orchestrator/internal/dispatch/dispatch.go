@@ -385,7 +385,9 @@ const (
 // try sends the job to one replica, which has so long to say that it runs. With attach the
 // replica begins nothing.
 func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*engine.Outcome, next) {
-	s, reused := a.t.sessions.take(attach)
+	// A span is told of by the headers of a stream, so that a job that is traced has one of its own.
+	alone := attach || trace.SpanFromContext(ctx).IsRecording()
+	s, reused := a.t.sessions.take(ctx, alone)
 	t := s.begin()
 	again := false // another job may follow on the stream
 	defer func() { t.end(again) }()
@@ -403,7 +405,7 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 		return b.outcome(err)
 	}
 	start := job(a.call, a.d.o.Lease)
-	start.AttachOnly, start.More = attach, !attach
+	start.AttachOnly, start.More = attach, !alone
 	telemetry.Propagator().Inject(ctx, propagation.MapCarrier(start.GetTraceContext()))
 	if err := t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: start}}); err != nil {
 		if reused || !errors.Is(err, io.EOF) {
@@ -459,7 +461,7 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 			a.sink(ev.Log.GetLine(), ev.Log.GetStream(), ev.Log.GetText(), at)
 		case *runnerv1.ExecuteResponse_Usage, *runnerv1.ExecuteResponse_Renewed:
 		case *runnerv1.ExecuteResponse_Finished:
-			again = more && !attach
+			again = more && !alone
 			if ev.Finished.GetHandedBack() && context.Cause(ctx) == nil {
 				return finished(ev.Finished), handedBack
 			}

@@ -130,16 +130,18 @@ type sessions struct {
 	closed bool
 }
 
-// take gives the stream that has waited longest, so that all replicas get work, or a new one, which is not opened yet.
-func (p *sessions) take(fresh bool) (s *session, reused bool) {
-	if !fresh {
-		if s := p.waiting(); s != nil {
-			return s, true
-		}
+// take gives the stream that has waited longest, so that all replicas get work, or a new one, which is not opened yet. One
+// for a single job carries the headers of ctx.
+func (p *sessions) take(ctx context.Context, single bool) (s *session, reused bool) {
+	base := context.Background()
+	if single {
+		base = context.WithoutCancel(ctx)
+	} else if s := p.waiting(); s != nil {
+		return s, true
 	}
 	life := time.Duration(float64(longestSession) * (0.75 + 0.5*rand.Float64())) //nolint:gosec // jitter
 	s = &session{in: p, until: time.Now().Add(life)}
-	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	s.ctx, s.cancel = context.WithCancelCause(base)
 	return s, false
 }
 
