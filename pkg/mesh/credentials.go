@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"strings"
@@ -197,13 +198,37 @@ func (c *Credentials) serverTLS(optional bool) *tls.Config {
 				Certificates: []tls.Certificate{*m.certificate},
 				ClientCAs:    m.pool,
 				ClientAuth:   auth,
+				// A session that is resumed would bring a certificate that an older CA vouched for.
+				SessionTicketsDisabled: true,
 			}, nil
 		},
 	}
 }
 
+// clientCredentials look at the files of certificates for each connection: the CA that was read when
+// the client was made may have been replaced since.
+type clientCredentials struct {
+	credentials.TransportCredentials
+	c          *Credentials
+	serverRole string
+}
+
+func newClientCredentials(c *Credentials, serverRole string) credentials.TransportCredentials {
+	return clientCredentials{credentials.NewTLS(c.clientTLS(serverRole)), c, serverRole}
+}
+
+// ClientHandshake implements [credentials.TransportCredentials].
+func (t clientCredentials) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return credentials.NewTLS(t.c.clientTLS(t.serverRole)).ClientHandshake(ctx, authority, conn)
+}
+
+// Clone implements [credentials.TransportCredentials].
+func (t clientCredentials) Clone() credentials.TransportCredentials {
+	return clientCredentials{t.TransportCredentials.Clone(), t.c, t.serverRole}
+}
+
 // clientTLS shows the certificate and takes only a server of the CA: one with the role, or,
-// where the role is empty, one whose certificate has the name dialled.
+// where the role is empty, one whose certificate has the name dialled. It is for one connection.
 func (c *Credentials) clientTLS(serverRole string) *tls.Config {
 	m := c.current()
 	config := &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: m.pool}

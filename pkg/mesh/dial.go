@@ -14,7 +14,6 @@ import (
 	nooptrace "go.opentelemetry.io/otel/trace/noop"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 
@@ -58,7 +57,7 @@ const roundRobin = `{"loadBalancingConfig":[{"round_robin":{}}]}`
 func Dial(target string, c *Credentials, o DialOptions) (*grpc.ClientConn, error) {
 	transport := insecure.NewCredentials()
 	if c != nil {
-		transport = credentials.NewTLS(c.clientTLS(o.ServerRole))
+		transport = newClientCredentials(c, o.ServerRole)
 	} else if err := CheckInsecure(target); err != nil {
 		return nil, err
 	}
