@@ -63,14 +63,21 @@ $(TOOLS):
 	@rm -f $(BIN)/.tools-*; touch $@
 
 .PHONY: generate
-generate: $(TOOLS) ## Generate gen/ from proto/
+generate: $(TOOLS) ## Generate gen/ from proto/, and docs/reference/api.md and commands.md
 	$(BIN)/buf generate
+	@mkdir -p .cache && $(BIN)/buf build -o .cache/api.binpb
+	go run ./cmd/specql/internal/reference -descriptors .cache/api.binpb -o docs/reference
 
 .PHONY: generate-check
-generate-check: $(TOOLS) ## gen/ is what proto/ says
+generate-check: $(TOOLS) ## gen/ and docs/reference/api.md are what proto/ says, commands.md is what the commands say
 	@rm -rf .cache/gen && mkdir -p .cache/gen
 	$(BIN)/buf generate -o .cache/gen
 	@diff -r --exclude=go.mod --exclude=go.sum gen .cache/gen/gen || { echo "gen/ is not what proto/ says: run 'make generate' and commit"; exit 1; }
+	@rm -rf .cache/reference && mkdir -p .cache/reference && $(BIN)/buf build -o .cache/api.binpb
+	@go run ./cmd/specql/internal/reference -descriptors .cache/api.binpb -o .cache/reference
+	@for page in api.md commands.md; do \
+		diff docs/reference/$$page .cache/reference/$$page || { echo "docs/reference/$$page is not current: run 'make generate' and commit"; exit 1; }; \
+	done
 
 .PHONY: proto-lint
 proto-lint: $(TOOLS) ## The protos follow the rules, and break nobody since BREAKING_AGAINST (a git ref)
