@@ -30,6 +30,10 @@ test: ## Every test, with the race detector
 test-python: ## The API from Python, with a client made from the protos (test/python/install.sh installs what it needs)
 	test/python/run.sh
 
+.PHONY: report-screenshot
+report-screenshot: ## The report of specql benchmark, looked at in a headless Chromium; the picture is .cache/report/report.png
+	test/report/screenshot.sh
+
 VULN := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
 .PHONY: security

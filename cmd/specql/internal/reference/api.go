@@ -18,7 +18,7 @@ const own = "specql."
 // page is api.md as it is written.
 type page struct{ bytes.Buffer }
 
-func (p *page) printf(format string, args ...any) { p.WriteString(fmt.Sprintf(format, args...)) }
+func (p *page) printf(format string, args ...any) { _, _ = fmt.Fprintf(p, format, args...) }
 
 // apiPage writes services, messages and enums with their comments. It is an error if the
 // descriptors have no comments, which a build without source info leaves out.

@@ -3,6 +3,7 @@ package report
 import (
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 
 	"github.com/specql/mesh/cmd/specql/internal/load"
@@ -110,7 +111,7 @@ func histogram(tests []Test) chart {
 	}
 	x := scale{from, to, left, right}
 	var y scale
-	y, c.Y = upTo(most, bottom, top, func(v float64) string { return number(v) + " %" })
+	y, c.Y = upTo(most, bottom, top, func(v float64) string { return mark(v) + " %" })
 	// Marks at 1, 2 and 5 of each power where there is room, else at fewer.
 	marks := []float64{1, 2, 5}
 	if to-from > 2 {
@@ -119,7 +120,7 @@ func histogram(tests []Test) chart {
 	for power := math.Floor(from); power <= to; power++ {
 		for _, m := range marks {
 			if v := power + math.Log10(m); v >= from && v <= to {
-				c.X = append(c.X, tick{x.at(v), Seconds(math.Pow(10, v))})
+				c.X = append(c.X, tick{x.at(v), secondsMark(math.Pow(10, v))})
 			}
 		}
 	}
@@ -135,11 +136,22 @@ func histogram(tests []Test) chart {
 			continue
 		}
 		s := series{Colour: i % colours, Name: t.Name}
-		s.Line, s.Area = stairs(edges, counts[i], x, y)
+		// From its first call to its last: along nothing it would cover the others.
+		first := slices.IndexFunc(counts[i], positive)
+		last := bins - 1
+		for !positive(counts[i][last]) {
+			last--
+		}
+		line, area := stairs(edges[first:last+2], counts[i][first:last+1], x, y)
+		ground := y.at(0)
+		s.Line = fmt.Sprintf("M%.1f %.1fL%sL%.1f %.1f", x.at(edges[first]), ground, strings.TrimPrefix(line, "M"), x.at(edges[last+1]), ground)
+		s.Area = area
 		c.Series = append(c.Series, s)
 	}
 	return c
 }
+
+func positive(v float64) bool { return v > 0 }
 
 // longest is how long the longest test took, in seconds.
 func longest(tests []Test) (seconds float64) {
@@ -168,8 +180,8 @@ func throughput(tests []Test) chart {
 		return c
 	}
 	var x, y scale
-	x, c.X = upTo(longest(tests), left, right, Seconds)
-	y, c.Y = upTo(most, bottom, top, number)
+	x, c.X = upTo(longest(tests), left, right, secondsMark)
+	y, c.Y = upTo(most, bottom, top, mark)
 	for i, t := range tests {
 		edges, all, failed, any := []float64{0}, []float64{}, []float64{}, false
 		for _, s := range timelines[i] {
@@ -204,8 +216,8 @@ func latency(tests []Test) chart {
 		return c
 	}
 	var x, y scale
-	x, c.X = upTo(longest(tests), left, right, Seconds)
-	y, c.Y = upTo(most, bottom, top, Seconds)
+	x, c.X = upTo(longest(tests), left, right, secondsMark)
+	y, c.Y = upTo(most, bottom, top, secondsMark)
 	for i, t := range tests {
 		for _, p := range []struct {
 			name   string

@@ -8,6 +8,7 @@ import (
 	"html/template"
 	"io"
 	"math"
+	"strings"
 	"time"
 
 	"github.com/specql/mesh/cmd/specql/internal/load"
@@ -94,6 +95,22 @@ func Seconds(v float64) string {
 	return number(v/60) + " min"
 }
 
+// secondsMark is a round length of time, as [Seconds] without the zeros behind the point.
+func secondsMark(v float64) string {
+	n, unit, _ := strings.Cut(Seconds(v), " ")
+	return trim(n) + " " + unit
+}
+
+// mark is a round number.
+func mark(v float64) string { return trim(number(v)) }
+
+func trim(n string) string {
+	if strings.Contains(n, ".") && !strings.Contains(n, "e") {
+		return strings.TrimRight(strings.TrimRight(n, "0"), ".")
+	}
+	return n
+}
+
 // number has three digits that count.
 func number(v float64) string {
 	switch a := math.Abs(v); {
@@ -129,15 +146,28 @@ var Figures = []struct {
 }{
 	{"durationSeconds", "Time in the runner", Seconds},
 	{"cpuSeconds", "Processor time", Seconds},
-	{"peakMemoryMb", "Peak memory", unit("MiB")},
-	{"diskReadMb", "Read from disk", unit("MiB")},
-	{"diskWriteMb", "Written to disk", unit("MiB")},
-	{"networkRxMb", "Received", unit("MiB")},
-	{"networkTxMb", "Sent", unit("MiB")},
-	{"requestBytes", "Request body", unit("bytes")},
-	{"responseBytes", "Response body", unit("bytes")},
+	{"peakMemoryMb", "Peak memory", mebibytes},
+	{"diskReadMb", "Read from disk", mebibytes},
+	{"diskWriteMb", "Written to disk", mebibytes},
+	{"networkRxMb", "Received", mebibytes},
+	{"networkTxMb", "Sent", mebibytes},
+	{"requestBytes", "Request body", bytesOf},
+	{"responseBytes", "Response body", bytesOf},
 	{"billedDurationMs", "Billed", unit("ms")},
 	{"costUsd", "Cost", unit("USD")},
+}
+
+func mebibytes(v float64) string { return bytesOf(v * (1 << 20)) }
+
+// bytesOf writes a size in a unit that suits it.
+func bytesOf(v float64) string {
+	switch {
+	case math.Abs(v) >= 1<<20:
+		return number(v/(1<<20)) + " MiB"
+	case math.Abs(v) >= 1<<10:
+		return number(v/(1<<10)) + " KiB"
+	}
+	return mark(v) + " bytes"
 }
 
 func unit(name string) func(float64) string {

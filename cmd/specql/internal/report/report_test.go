@@ -64,9 +64,11 @@ func TestWrite(t *testing.T) {
 	}
 	require.Contains(t, page, "3 calls were due")
 	require.Contains(t, page, "api.get, failed (dashed)")
-	// The first line of the histogram adds up to all calls: its steps are shares.
+	// A line of the histogram rises from the ground at its first call, falls to it at its last, and hides nobody's beyond.
 	points := regexp.MustCompile(`[ML]([\d.]+) ([\d.]+)`).FindAllStringSubmatch(regexp.MustCompile(`class="curve" d="([^"]+)"`).FindStringSubmatch(drawn[0])[1], -1)
-	require.Len(t, points, 2*bins)
+	require.Len(t, points, 2+2*14, "14 of the 36 steps have calls between 2 ms and 14 ms, or lie between them")
+	require.Equal(t, []string{"210", "210"}, []string{strings.TrimSuffix(points[0][2], ".0"), strings.TrimSuffix(points[len(points)-1][2], ".0")})
+	require.Contains(t, drawn[0], ">10 ms</text>", "marks are round")
 }
 
 func TestWriteOfNothing(t *testing.T) {
@@ -79,6 +81,14 @@ func TestWriteOfNothing(t *testing.T) {
 	b.Reset()
 	require.NoError(t, Write(&b, "t", time.Unix(0, 0), nil))
 	require.Contains(t, b.String(), "No call ended.")
+}
+
+func TestSizes(t *testing.T) {
+	t.Parallel()
+	for v, want := range map[float64]string{0: "0 bytes", 145. / (1 << 20): "145 bytes", 0.373: "382 KiB", 4.03: "4.03 MiB", 2048: "2048 MiB"} {
+		require.Equal(t, want, mebibytes(v))
+	}
+	require.Equal(t, "41 bytes", bytesOf(41))
 }
 
 func TestSeconds(t *testing.T) {
