@@ -114,7 +114,7 @@ func (c *Client) Conn() *grpc.ClientConn { return c.conn }
 
 // Execute starts an action and returns as soon as its run is durable.
 func (c *Client) Execute(ctx context.Context, a Action) (*Run, error) {
-	req, err := a.request()
+	req, err := a.Request()
 	if err != nil {
 		return nil, err
 	}
@@ -125,7 +125,7 @@ func (c *Client) Execute(ctx context.Context, a Action) (*Run, error) {
 // complete is returned next to its error, a [*fault.Error] with the run's code. When ctx ends
 // the run goes on: cancel it with [Client.Cancel].
 func (c *Client) ExecuteAndWait(ctx context.Context, a Action) (*Run, error) {
-	req, err := a.request()
+	req, err := a.Request()
 	if err != nil {
 		return nil, err
 	}
@@ -138,7 +138,7 @@ func (c *Client) ExecuteAndWait(ctx context.Context, a Action) (*Run, error) {
 	if !Ended(run.GetStatus()) {
 		return c.Wait(ctx, run.GetId())
 	}
-	return run, outcome(run)
+	return run, Outcome(run)
 }
 
 // Wait returns when a run has ended, as [Client.ExecuteAndWait] does.
@@ -150,7 +150,7 @@ func (c *Client) Wait(ctx context.Context, id string) (*Run, error) {
 	if err != nil {
 		return nil, err
 	}
-	return run, outcome(run)
+	return run, Outcome(run)
 }
 
 // Ended says whether a run or job in this state has ended.
@@ -158,7 +158,8 @@ func Ended(s specqlv1.Status) bool {
 	return s == specqlv1.Status_STATUS_COMPLETED || s == specqlv1.Status_STATUS_FAILED || s == specqlv1.Status_STATUS_CANCELLED
 }
 
-func outcome(run *Run) error {
+// Outcome is the error of a run that has ended, a [*fault.Error]; nil for one that completed.
+func Outcome(run *Run) error {
 	if run.GetStatus() == specqlv1.Status_STATUS_COMPLETED {
 		return nil
 	}
@@ -243,7 +244,9 @@ func (c *Client) start(ctx context.Context, req *specqlv1.ExecuteActionRequest) 
 	}
 }
 
-func (a Action) request() (*specqlv1.ExecuteActionRequest, error) {
+// Request is the action as the generated client sends it, with a key of its own where there is
+// none. For what [Client.Execute] does not offer.
+func (a Action) Request() (*specqlv1.ExecuteActionRequest, error) {
 	input, err := toStruct(a.Input)
 	if err != nil {
 		return nil, err

@@ -315,6 +315,10 @@ type talk struct {
 // carry begins or joins a job and tells the client of it until its end.
 func (t *talk) carry(start *runnerv1.Job) error {
 	ctx := t.stream.Context()
+	var phases *telemetry.Phases
+	if start.GetProfile() {
+		phases = telemetry.NewPhases("runner")
+	}
 	asked, err := newJob(start)
 	if err != nil {
 		return fault.ToStatus(err).Err()
@@ -326,7 +330,7 @@ func (t *talk) carry(start *runnerv1.Job) error {
 	if trace := start.GetTraceContext(); start.GetMore() && len(trace) > 0 { // else the stream's headers say it
 		ctx = telemetry.Propagator().Extract(ctx, propagation.MapCarrier(trace))
 	}
-	j, sub, attached, err := t.h.admit(ctx, asked, start.GetLease().AsDuration(), start.GetAttachOnly())
+	j, sub, attached, err := t.h.admit(telemetry.WithPhases(ctx, phases), asked, start.GetLease().AsDuration(), start.GetAttachOnly())
 	if err != nil {
 		return fault.ToStatus(err).Err()
 	}
@@ -486,7 +490,7 @@ func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration, at
 			telemetry.Service.String(asked.Service.Name), telemetry.Operation.String(asked.Operation.Name), telemetry.ExecutionType.String(asked.Service.ExecutionType),
 		)
 	}
-	j.span = trace.SpanContextFromContext(ctx)
+	j.span, j.phases = trace.SpanContextFromContext(ctx), telemetry.PhasesOf(ctx)
 	h.jobs[asked.ID] = j
 	h.inFlight++
 	h.gauge.Inc()
@@ -594,7 +598,10 @@ func (h *Handler) run(ctx context.Context, j *job) {
 	// The deadline is a context of its own, so that its cause is told from a cancellation.
 	limited, release := context.WithTimeoutCause(ctx, j.job.Timeout, fault.New(fault.Timeout, "%s", timeoutText(j.job.Timeout)))
 	defer release()
+	// What the runner does not divide itself is the work.
+	telemetry.Enter(ctx, "remote")
 	res, err := h.call(limited, j)
+	telemetry.Enter(ctx, "runner")
 	cause := context.Cause(limited)
 	took := time.Since(start)
 	j.sink.close()
@@ -629,6 +636,9 @@ func (h *Handler) run(ctx context.Context, j *job) {
 	j.running, j.ok, j.endedAt = false, failure == nil, time.Now()
 	if j.lapse != nil {
 		j.lapse.Stop()
+	}
+	for _, phase := range j.phases.End() {
+		fin.Phases = append(fin.Phases, &runnerv1.Phase{Name: phase.Name, Duration: durationpb.New(phase.Took)})
 	}
 	j.feed.finish(fin)
 	j.keptSize = j.feed.size() + len(j.job.Input)

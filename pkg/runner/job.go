@@ -16,6 +16,7 @@ import (
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/telemetry"
 )
 
 // longestTimeout is the timeout of a job that names none; time is bounded always.
@@ -28,6 +29,7 @@ type job struct {
 	sink   *sink
 	cancel context.CancelCauseFunc
 	span   trace.SpanContext
+	phases *telemetry.Phases // nil where the caller does not ask
 
 	// The rest is guarded by Handler.mu.
 	epoch   int64

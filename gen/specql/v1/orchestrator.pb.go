@@ -44,6 +44,8 @@ type ExecuteActionRequest struct {
 	Wait *durationpb.Duration `protobuf:"bytes,7,opt,name=wait,proto3" json:"wait,omitempty"`
 	// The caller's own id for what this belongs to. At most 255 bytes.
 	CorrelationId string `protobuf:"bytes,8,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
+	// Measure where the time goes, for the answer's profile. It needs wait, and a workflow of one call.
+	Profile       bool `protobuf:"varint,9,opt,name=profile,proto3" json:"profile,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -134,11 +136,21 @@ func (x *ExecuteActionRequest) GetCorrelationId() string {
 	return ""
 }
 
+func (x *ExecuteActionRequest) GetProfile() bool {
+	if x != nil {
+		return x.Profile
+	}
+	return false
+}
+
 // ExecuteActionResponse holds the run as it is now.
 type ExecuteActionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The run.
-	Run           *Run `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
+	Run *Run `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
+	// Where the time went, if the request asked for it, the run has ended, and it was walked here from
+	// its start: one that waited for a place among the runs has none.
+	Profile       *Profile `protobuf:"bytes,2,opt,name=profile,proto3" json:"profile,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -180,6 +192,125 @@ func (x *ExecuteActionResponse) GetRun() *Run {
 	return nil
 }
 
+func (x *ExecuteActionResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+// Profile says where the time of a call went.
+type Profile struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// From the request's arrival to the answer, by the orchestrator's monotonic clock. The phases add
+	// up to it: they follow one another without a gap, and those that the runner measured by its own
+	// clock lie within the time that the orchestrator waited for it.
+	Total *durationpb.Duration `protobuf:"bytes,1,opt,name=total,proto3" json:"total,omitempty"`
+	// The phases, in the order in which they first began.
+	Phases        []*ProfilePhase `protobuf:"bytes,2,rep,name=phases,proto3" json:"phases,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Profile) Reset() {
+	*x = Profile{}
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Profile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Profile) ProtoMessage() {}
+
+func (x *Profile) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Profile.ProtoReflect.Descriptor instead.
+func (*Profile) Descriptor() ([]byte, []int) {
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Profile) GetTotal() *durationpb.Duration {
+	if x != nil {
+		return x.Total
+	}
+	return nil
+}
+
+func (x *Profile) GetPhases() []*ProfilePhase {
+	if x != nil {
+		return x.Phases
+	}
+	return nil
+}
+
+// ProfilePhase is a part of a call's time.
+type ProfilePhase struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Such as orchestrator, journal, queue, dispatch, policy, dns, connect, tls, first_byte, body, remote.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// How long it took in all.
+	Duration      *durationpb.Duration `protobuf:"bytes,2,opt,name=duration,proto3" json:"duration,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProfilePhase) Reset() {
+	*x = ProfilePhase{}
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProfilePhase) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProfilePhase) ProtoMessage() {}
+
+func (x *ProfilePhase) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProfilePhase.ProtoReflect.Descriptor instead.
+func (*ProfilePhase) Descriptor() ([]byte, []int) {
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *ProfilePhase) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ProfilePhase) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
 // GetRunRequest names a run.
 type GetRunRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -191,7 +322,7 @@ type GetRunRequest struct {
 
 func (x *GetRunRequest) Reset() {
 	*x = GetRunRequest{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[2]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -203,7 +334,7 @@ func (x *GetRunRequest) String() string {
 func (*GetRunRequest) ProtoMessage() {}
 
 func (x *GetRunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[2]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -216,7 +347,7 @@ func (x *GetRunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRunRequest.ProtoReflect.Descriptor instead.
 func (*GetRunRequest) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{2}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *GetRunRequest) GetId() string {
@@ -237,7 +368,7 @@ type GetRunResponse struct {
 
 func (x *GetRunResponse) Reset() {
 	*x = GetRunResponse{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[3]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -249,7 +380,7 @@ func (x *GetRunResponse) String() string {
 func (*GetRunResponse) ProtoMessage() {}
 
 func (x *GetRunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[3]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -262,7 +393,7 @@ func (x *GetRunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRunResponse.ProtoReflect.Descriptor instead.
 func (*GetRunResponse) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{3}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *GetRunResponse) GetRun() *Run {
@@ -291,7 +422,7 @@ type ListRunsRequest struct {
 
 func (x *ListRunsRequest) Reset() {
 	*x = ListRunsRequest{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[4]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -303,7 +434,7 @@ func (x *ListRunsRequest) String() string {
 func (*ListRunsRequest) ProtoMessage() {}
 
 func (x *ListRunsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[4]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -316,7 +447,7 @@ func (x *ListRunsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRunsRequest.ProtoReflect.Descriptor instead.
 func (*ListRunsRequest) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{4}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ListRunsRequest) GetPageSize() int32 {
@@ -367,7 +498,7 @@ type ListRunsResponse struct {
 
 func (x *ListRunsResponse) Reset() {
 	*x = ListRunsResponse{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[5]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -379,7 +510,7 @@ func (x *ListRunsResponse) String() string {
 func (*ListRunsResponse) ProtoMessage() {}
 
 func (x *ListRunsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[5]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -392,7 +523,7 @@ func (x *ListRunsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRunsResponse.ProtoReflect.Descriptor instead.
 func (*ListRunsResponse) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{5}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ListRunsResponse) GetRuns() []*Run {
@@ -425,7 +556,7 @@ type WatchRunRequest struct {
 
 func (x *WatchRunRequest) Reset() {
 	*x = WatchRunRequest{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[6]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -437,7 +568,7 @@ func (x *WatchRunRequest) String() string {
 func (*WatchRunRequest) ProtoMessage() {}
 
 func (x *WatchRunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[6]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -450,7 +581,7 @@ func (x *WatchRunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRunRequest.ProtoReflect.Descriptor instead.
 func (*WatchRunRequest) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{6}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *WatchRunRequest) GetId() string {
@@ -495,7 +626,7 @@ type WatchRunResponse struct {
 
 func (x *WatchRunResponse) Reset() {
 	*x = WatchRunResponse{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[7]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -507,7 +638,7 @@ func (x *WatchRunResponse) String() string {
 func (*WatchRunResponse) ProtoMessage() {}
 
 func (x *WatchRunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[7]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -520,7 +651,7 @@ func (x *WatchRunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRunResponse.ProtoReflect.Descriptor instead.
 func (*WatchRunResponse) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{7}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *WatchRunResponse) GetSequence() int64 {
@@ -617,7 +748,7 @@ type LogLine struct {
 
 func (x *LogLine) Reset() {
 	*x = LogLine{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[8]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -629,7 +760,7 @@ func (x *LogLine) String() string {
 func (*LogLine) ProtoMessage() {}
 
 func (x *LogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[8]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -642,7 +773,7 @@ func (x *LogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogLine.ProtoReflect.Descriptor instead.
 func (*LogLine) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{8}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LogLine) GetJobId() string {
@@ -700,7 +831,7 @@ type CancelRunRequest struct {
 
 func (x *CancelRunRequest) Reset() {
 	*x = CancelRunRequest{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[9]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -712,7 +843,7 @@ func (x *CancelRunRequest) String() string {
 func (*CancelRunRequest) ProtoMessage() {}
 
 func (x *CancelRunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[9]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -725,7 +856,7 @@ func (x *CancelRunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRunRequest.ProtoReflect.Descriptor instead.
 func (*CancelRunRequest) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{9}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CancelRunRequest) GetId() string {
@@ -753,7 +884,7 @@ type CancelRunResponse struct {
 
 func (x *CancelRunResponse) Reset() {
 	*x = CancelRunResponse{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[10]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -765,7 +896,7 @@ func (x *CancelRunResponse) String() string {
 func (*CancelRunResponse) ProtoMessage() {}
 
 func (x *CancelRunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[10]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -778,7 +909,7 @@ func (x *CancelRunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRunResponse.ProtoReflect.Descriptor instead.
 func (*CancelRunResponse) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{10}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CancelRunResponse) GetRun() *Run {
@@ -799,7 +930,7 @@ type RetryRunRequest struct {
 
 func (x *RetryRunRequest) Reset() {
 	*x = RetryRunRequest{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[11]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -811,7 +942,7 @@ func (x *RetryRunRequest) String() string {
 func (*RetryRunRequest) ProtoMessage() {}
 
 func (x *RetryRunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[11]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -824,7 +955,7 @@ func (x *RetryRunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryRunRequest.ProtoReflect.Descriptor instead.
 func (*RetryRunRequest) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{11}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RetryRunRequest) GetId() string {
@@ -845,7 +976,7 @@ type RetryRunResponse struct {
 
 func (x *RetryRunResponse) Reset() {
 	*x = RetryRunResponse{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[12]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -857,7 +988,7 @@ func (x *RetryRunResponse) String() string {
 func (*RetryRunResponse) ProtoMessage() {}
 
 func (x *RetryRunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[12]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -870,7 +1001,7 @@ func (x *RetryRunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryRunResponse.ProtoReflect.Descriptor instead.
 func (*RetryRunResponse) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{12}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RetryRunResponse) GetRun() *Run {
@@ -895,7 +1026,7 @@ type SignalRunRequest struct {
 
 func (x *SignalRunRequest) Reset() {
 	*x = SignalRunRequest{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[13]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -907,7 +1038,7 @@ func (x *SignalRunRequest) String() string {
 func (*SignalRunRequest) ProtoMessage() {}
 
 func (x *SignalRunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[13]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -920,7 +1051,7 @@ func (x *SignalRunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRunRequest.ProtoReflect.Descriptor instead.
 func (*SignalRunRequest) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{13}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SignalRunRequest) GetId() string {
@@ -955,7 +1086,7 @@ type SignalRunResponse struct {
 
 func (x *SignalRunResponse) Reset() {
 	*x = SignalRunResponse{}
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[14]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -967,7 +1098,7 @@ func (x *SignalRunResponse) String() string {
 func (*SignalRunResponse) ProtoMessage() {}
 
 func (x *SignalRunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_v1_orchestrator_proto_msgTypes[14]
+	mi := &file_specql_v1_orchestrator_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -980,7 +1111,7 @@ func (x *SignalRunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRunResponse.ProtoReflect.Descriptor instead.
 func (*SignalRunResponse) Descriptor() ([]byte, []int) {
-	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{14}
+	return file_specql_v1_orchestrator_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SignalRunResponse) GetRun() *Run {
@@ -994,7 +1125,7 @@ var File_specql_v1_orchestrator_proto protoreflect.FileDescriptor
 
 const file_specql_v1_orchestrator_proto_rawDesc = "" +
 	"\n" +
-	"\x1cspecql/v1/orchestrator.proto\x12\tspecql.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13specql/v1/run.proto\"\xad\x02\n" +
+	"\x1cspecql/v1/orchestrator.proto\x12\tspecql.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13specql/v1/run.proto\"\xc7\x02\n" +
 	"\x14ExecuteActionRequest\x12\x16\n" +
 	"\x06entity\x18\x01 \x01(\tR\x06entity\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x12\x1a\n" +
@@ -1003,9 +1134,17 @@ const file_specql_v1_orchestrator_proto_rawDesc = "" +
 	"\tentity_id\x18\x05 \x01(\tR\bentityId\x12'\n" +
 	"\x0fidempotency_key\x18\x06 \x01(\tR\x0eidempotencyKey\x12-\n" +
 	"\x04wait\x18\a \x01(\v2\x19.google.protobuf.DurationR\x04wait\x12%\n" +
-	"\x0ecorrelation_id\x18\b \x01(\tR\rcorrelationId\"9\n" +
+	"\x0ecorrelation_id\x18\b \x01(\tR\rcorrelationId\x12\x18\n" +
+	"\aprofile\x18\t \x01(\bR\aprofile\"g\n" +
 	"\x15ExecuteActionResponse\x12 \n" +
-	"\x03run\x18\x01 \x01(\v2\x0e.specql.v1.RunR\x03run\"\x1f\n" +
+	"\x03run\x18\x01 \x01(\v2\x0e.specql.v1.RunR\x03run\x12,\n" +
+	"\aprofile\x18\x02 \x01(\v2\x12.specql.v1.ProfileR\aprofile\"k\n" +
+	"\aProfile\x12/\n" +
+	"\x05total\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05total\x12/\n" +
+	"\x06phases\x18\x02 \x03(\v2\x17.specql.v1.ProfilePhaseR\x06phases\"Y\n" +
+	"\fProfilePhase\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x125\n" +
+	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration\"\x1f\n" +
 	"\rGetRunRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"2\n" +
 	"\x0eGetRunResponse\x12 \n" +
@@ -1074,65 +1213,71 @@ func file_specql_v1_orchestrator_proto_rawDescGZIP() []byte {
 	return file_specql_v1_orchestrator_proto_rawDescData
 }
 
-var file_specql_v1_orchestrator_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_specql_v1_orchestrator_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_specql_v1_orchestrator_proto_goTypes = []any{
 	(*ExecuteActionRequest)(nil),  // 0: specql.v1.ExecuteActionRequest
 	(*ExecuteActionResponse)(nil), // 1: specql.v1.ExecuteActionResponse
-	(*GetRunRequest)(nil),         // 2: specql.v1.GetRunRequest
-	(*GetRunResponse)(nil),        // 3: specql.v1.GetRunResponse
-	(*ListRunsRequest)(nil),       // 4: specql.v1.ListRunsRequest
-	(*ListRunsResponse)(nil),      // 5: specql.v1.ListRunsResponse
-	(*WatchRunRequest)(nil),       // 6: specql.v1.WatchRunRequest
-	(*WatchRunResponse)(nil),      // 7: specql.v1.WatchRunResponse
-	(*LogLine)(nil),               // 8: specql.v1.LogLine
-	(*CancelRunRequest)(nil),      // 9: specql.v1.CancelRunRequest
-	(*CancelRunResponse)(nil),     // 10: specql.v1.CancelRunResponse
-	(*RetryRunRequest)(nil),       // 11: specql.v1.RetryRunRequest
-	(*RetryRunResponse)(nil),      // 12: specql.v1.RetryRunResponse
-	(*SignalRunRequest)(nil),      // 13: specql.v1.SignalRunRequest
-	(*SignalRunResponse)(nil),     // 14: specql.v1.SignalRunResponse
-	(*structpb.Struct)(nil),       // 15: google.protobuf.Struct
-	(*durationpb.Duration)(nil),   // 16: google.protobuf.Duration
-	(*Run)(nil),                   // 17: specql.v1.Run
-	(Status)(0),                   // 18: specql.v1.Status
-	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
-	(*Job)(nil),                   // 20: specql.v1.Job
-	(*structpb.Value)(nil),        // 21: google.protobuf.Value
+	(*Profile)(nil),               // 2: specql.v1.Profile
+	(*ProfilePhase)(nil),          // 3: specql.v1.ProfilePhase
+	(*GetRunRequest)(nil),         // 4: specql.v1.GetRunRequest
+	(*GetRunResponse)(nil),        // 5: specql.v1.GetRunResponse
+	(*ListRunsRequest)(nil),       // 6: specql.v1.ListRunsRequest
+	(*ListRunsResponse)(nil),      // 7: specql.v1.ListRunsResponse
+	(*WatchRunRequest)(nil),       // 8: specql.v1.WatchRunRequest
+	(*WatchRunResponse)(nil),      // 9: specql.v1.WatchRunResponse
+	(*LogLine)(nil),               // 10: specql.v1.LogLine
+	(*CancelRunRequest)(nil),      // 11: specql.v1.CancelRunRequest
+	(*CancelRunResponse)(nil),     // 12: specql.v1.CancelRunResponse
+	(*RetryRunRequest)(nil),       // 13: specql.v1.RetryRunRequest
+	(*RetryRunResponse)(nil),      // 14: specql.v1.RetryRunResponse
+	(*SignalRunRequest)(nil),      // 15: specql.v1.SignalRunRequest
+	(*SignalRunResponse)(nil),     // 16: specql.v1.SignalRunResponse
+	(*structpb.Struct)(nil),       // 17: google.protobuf.Struct
+	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
+	(*Run)(nil),                   // 19: specql.v1.Run
+	(Status)(0),                   // 20: specql.v1.Status
+	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
+	(*Job)(nil),                   // 22: specql.v1.Job
+	(*structpb.Value)(nil),        // 23: google.protobuf.Value
 }
 var file_specql_v1_orchestrator_proto_depIdxs = []int32{
-	15, // 0: specql.v1.ExecuteActionRequest.input:type_name -> google.protobuf.Struct
-	16, // 1: specql.v1.ExecuteActionRequest.wait:type_name -> google.protobuf.Duration
-	17, // 2: specql.v1.ExecuteActionResponse.run:type_name -> specql.v1.Run
-	17, // 3: specql.v1.GetRunResponse.run:type_name -> specql.v1.Run
-	18, // 4: specql.v1.ListRunsRequest.statuses:type_name -> specql.v1.Status
-	17, // 5: specql.v1.ListRunsResponse.runs:type_name -> specql.v1.Run
-	19, // 6: specql.v1.WatchRunResponse.time:type_name -> google.protobuf.Timestamp
-	17, // 7: specql.v1.WatchRunResponse.run:type_name -> specql.v1.Run
-	20, // 8: specql.v1.WatchRunResponse.job:type_name -> specql.v1.Job
-	8,  // 9: specql.v1.WatchRunResponse.log:type_name -> specql.v1.LogLine
-	17, // 10: specql.v1.CancelRunResponse.run:type_name -> specql.v1.Run
-	17, // 11: specql.v1.RetryRunResponse.run:type_name -> specql.v1.Run
-	21, // 12: specql.v1.SignalRunRequest.payload:type_name -> google.protobuf.Value
-	17, // 13: specql.v1.SignalRunResponse.run:type_name -> specql.v1.Run
-	0,  // 14: specql.v1.OrchestratorService.ExecuteAction:input_type -> specql.v1.ExecuteActionRequest
-	2,  // 15: specql.v1.OrchestratorService.GetRun:input_type -> specql.v1.GetRunRequest
-	4,  // 16: specql.v1.OrchestratorService.ListRuns:input_type -> specql.v1.ListRunsRequest
-	6,  // 17: specql.v1.OrchestratorService.WatchRun:input_type -> specql.v1.WatchRunRequest
-	9,  // 18: specql.v1.OrchestratorService.CancelRun:input_type -> specql.v1.CancelRunRequest
-	11, // 19: specql.v1.OrchestratorService.RetryRun:input_type -> specql.v1.RetryRunRequest
-	13, // 20: specql.v1.OrchestratorService.SignalRun:input_type -> specql.v1.SignalRunRequest
-	1,  // 21: specql.v1.OrchestratorService.ExecuteAction:output_type -> specql.v1.ExecuteActionResponse
-	3,  // 22: specql.v1.OrchestratorService.GetRun:output_type -> specql.v1.GetRunResponse
-	5,  // 23: specql.v1.OrchestratorService.ListRuns:output_type -> specql.v1.ListRunsResponse
-	7,  // 24: specql.v1.OrchestratorService.WatchRun:output_type -> specql.v1.WatchRunResponse
-	10, // 25: specql.v1.OrchestratorService.CancelRun:output_type -> specql.v1.CancelRunResponse
-	12, // 26: specql.v1.OrchestratorService.RetryRun:output_type -> specql.v1.RetryRunResponse
-	14, // 27: specql.v1.OrchestratorService.SignalRun:output_type -> specql.v1.SignalRunResponse
-	21, // [21:28] is the sub-list for method output_type
-	14, // [14:21] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	17, // 0: specql.v1.ExecuteActionRequest.input:type_name -> google.protobuf.Struct
+	18, // 1: specql.v1.ExecuteActionRequest.wait:type_name -> google.protobuf.Duration
+	19, // 2: specql.v1.ExecuteActionResponse.run:type_name -> specql.v1.Run
+	2,  // 3: specql.v1.ExecuteActionResponse.profile:type_name -> specql.v1.Profile
+	18, // 4: specql.v1.Profile.total:type_name -> google.protobuf.Duration
+	3,  // 5: specql.v1.Profile.phases:type_name -> specql.v1.ProfilePhase
+	18, // 6: specql.v1.ProfilePhase.duration:type_name -> google.protobuf.Duration
+	19, // 7: specql.v1.GetRunResponse.run:type_name -> specql.v1.Run
+	20, // 8: specql.v1.ListRunsRequest.statuses:type_name -> specql.v1.Status
+	19, // 9: specql.v1.ListRunsResponse.runs:type_name -> specql.v1.Run
+	21, // 10: specql.v1.WatchRunResponse.time:type_name -> google.protobuf.Timestamp
+	19, // 11: specql.v1.WatchRunResponse.run:type_name -> specql.v1.Run
+	22, // 12: specql.v1.WatchRunResponse.job:type_name -> specql.v1.Job
+	10, // 13: specql.v1.WatchRunResponse.log:type_name -> specql.v1.LogLine
+	19, // 14: specql.v1.CancelRunResponse.run:type_name -> specql.v1.Run
+	19, // 15: specql.v1.RetryRunResponse.run:type_name -> specql.v1.Run
+	23, // 16: specql.v1.SignalRunRequest.payload:type_name -> google.protobuf.Value
+	19, // 17: specql.v1.SignalRunResponse.run:type_name -> specql.v1.Run
+	0,  // 18: specql.v1.OrchestratorService.ExecuteAction:input_type -> specql.v1.ExecuteActionRequest
+	4,  // 19: specql.v1.OrchestratorService.GetRun:input_type -> specql.v1.GetRunRequest
+	6,  // 20: specql.v1.OrchestratorService.ListRuns:input_type -> specql.v1.ListRunsRequest
+	8,  // 21: specql.v1.OrchestratorService.WatchRun:input_type -> specql.v1.WatchRunRequest
+	11, // 22: specql.v1.OrchestratorService.CancelRun:input_type -> specql.v1.CancelRunRequest
+	13, // 23: specql.v1.OrchestratorService.RetryRun:input_type -> specql.v1.RetryRunRequest
+	15, // 24: specql.v1.OrchestratorService.SignalRun:input_type -> specql.v1.SignalRunRequest
+	1,  // 25: specql.v1.OrchestratorService.ExecuteAction:output_type -> specql.v1.ExecuteActionResponse
+	5,  // 26: specql.v1.OrchestratorService.GetRun:output_type -> specql.v1.GetRunResponse
+	7,  // 27: specql.v1.OrchestratorService.ListRuns:output_type -> specql.v1.ListRunsResponse
+	9,  // 28: specql.v1.OrchestratorService.WatchRun:output_type -> specql.v1.WatchRunResponse
+	12, // 29: specql.v1.OrchestratorService.CancelRun:output_type -> specql.v1.CancelRunResponse
+	14, // 30: specql.v1.OrchestratorService.RetryRun:output_type -> specql.v1.RetryRunResponse
+	16, // 31: specql.v1.OrchestratorService.SignalRun:output_type -> specql.v1.SignalRunResponse
+	25, // [25:32] is the sub-list for method output_type
+	18, // [18:25] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_specql_v1_orchestrator_proto_init() }
@@ -1141,7 +1286,7 @@ func file_specql_v1_orchestrator_proto_init() {
 		return
 	}
 	file_specql_v1_run_proto_init()
-	file_specql_v1_orchestrator_proto_msgTypes[7].OneofWrappers = []any{
+	file_specql_v1_orchestrator_proto_msgTypes[9].OneofWrappers = []any{
 		(*WatchRunResponse_Run)(nil),
 		(*WatchRunResponse_Job)(nil),
 		(*WatchRunResponse_Log)(nil),
@@ -1152,7 +1297,7 @@ func file_specql_v1_orchestrator_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_specql_v1_orchestrator_proto_rawDesc), len(file_specql_v1_orchestrator_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

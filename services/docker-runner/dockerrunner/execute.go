@@ -80,6 +80,7 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 
 // run carries the job out. Nothing that it made is left when it returns.
 func (a *attempt) run(ctx context.Context) (json.RawMessage, error) {
+	telemetry.Enter(ctx, "policy")
 	_, check := telemetry.Start(ctx, "policy check")
 	err := a.configure()
 	check.End()
@@ -178,6 +179,7 @@ func (a *attempt) runBounded(ctx context.Context) (json.RawMessage, error) {
 	if err := a.r.allowed(); err != nil {
 		return nil, err
 	}
+	telemetry.Enter(ctx, "image")
 	img, err := a.r.resolveImage(ctx, a.name, &a.cfg, a.sink)
 	if err != nil {
 		return nil, err
@@ -185,6 +187,7 @@ func (a *attempt) runBounded(ctx context.Context) (json.RawMessage, error) {
 	if err := a.policies.imageContent(a.name, img.id, img.digests); err != nil {
 		return nil, err
 	}
+	telemetry.Enter(ctx, "sandbox")
 	e, err := a.r.inspectEngine(ctx, img.id)
 	if err != nil {
 		return nil, err
@@ -391,7 +394,9 @@ func (a *attempt) runContainer(ctx context.Context, id string, img image) (_ jso
 		return nil, err
 	}
 	stdout, stderr := newHead(), &tail{}
+	telemetry.Enter(ctx, "remote")
 	state, err := a.follow(ctx, id, stdout, stderr)
+	telemetry.Enter(ctx, "cleanup")
 	if err != nil {
 		return nil, err
 	}

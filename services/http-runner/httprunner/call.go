@@ -69,6 +69,7 @@ type message struct {
 
 // run makes the call.
 func (c *call) run(ctx context.Context) (json.RawMessage, *fault.Error) {
+	telemetry.Enter(ctx, phaseRunner)
 	in, err := readInput(c.job.Input)
 	if err != nil {
 		return nil, err
@@ -79,9 +80,11 @@ func (c *call) run(ctx context.Context) (json.RawMessage, *fault.Error) {
 	}
 	renewed := false
 	for hop := 0; ; {
+		before := telemetry.Enter(ctx, phasePolicy)
 		_, check := telemetry.Start(ctx, "policy check")
 		err := c.plan.policy.check(c.checks, m.target, c.plan.base.target.host)
 		check.End()
+		telemetry.Enter(ctx, before)
 		if err != nil {
 			return nil, err
 		}
@@ -290,6 +293,7 @@ func (c *call) exchange(ctx context.Context, m *message) (res *http.Response, re
 	start := time.Now()
 	c.sent = true
 	res, err := pool.RoundTrip(req.WithContext(c.meter.trace(ctx)))
+	telemetry.Enter(ctx, phaseRunner)
 	c.noteConnections()
 	if err != nil {
 		ferr := c.classify(ctx, err, m.method, m.url)
@@ -435,7 +439,9 @@ func (c *call) finish(ctx context.Context, m *message, res *http.Response) (json
 	if res.ContentLength > most && m.method != http.MethodHead {
 		return nil, c.tooLarge(m, fmt.Sprintf("%d bytes", res.ContentLength), res.ContentLength)
 	}
+	telemetry.Enter(ctx, phaseBody)
 	body, err := readAll(io.LimitReader(res.Body, most+1), res.ContentLength)
+	telemetry.Enter(ctx, phaseRunner)
 	if err != nil {
 		ferr := c.classify(ctx, err, m.method, m.url)
 		if ferr.Code == fault.Unavailable || ferr.Code == fault.Timeout {

@@ -14,6 +14,10 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/specql/mesh/pkg/telemetry"
 )
 
 const (
@@ -210,8 +214,17 @@ type meter struct {
 }
 
 func (m *meter) trace(ctx context.Context) context.Context {
+	stages := stagesOf(ctx)
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GetConn:              func(string) { stages.connecting(phaseConnect) },
+		DNSStart:             func(httptrace.DNSStartInfo) { stages.connecting(phaseDNS) },
+		DNSDone:              func(httptrace.DNSDoneInfo) { stages.connecting(phaseConnect) },
+		ConnectStart:         func(string, string) { stages.connecting(phaseConnect) },
+		TLSHandshakeStart:    func() { stages.connecting(phaseTLS) },
+		TLSHandshakeDone:     func(tls.ConnectionState, error) { stages.connecting(phaseConnect) },
+		GotFirstResponseByte: func() { stages.enter(phaseRunner) },
 		GotConn: func(info httptrace.GotConnInfo) {
+			stages.got()
 			m.mu.Lock()
 			defer m.mu.Unlock()
 			m.connected = true
@@ -234,11 +247,73 @@ func (m *meter) trace(ctx context.Context) context.Context {
 			counted.own(&m.wire)
 		},
 		WroteRequest: func(info httptrace.WroteRequestInfo) {
+			stages.enter(phaseFirstByte)
 			m.mu.Lock()
 			defer m.mu.Unlock()
 			m.wrote = m.wrote || info.Err == nil
 		},
 	})
+}
+
+// stages tell the phases and the span of one request what happens to it. A nil one tells nobody.
+type stages struct {
+	mu     sync.Mutex
+	phases *telemetry.Phases
+	span   trace.Span
+	// has says that there is a connection: what still happens to another one that was dialled is of no
+	// concern. A request that was answered before it was written is past its stages.
+	has, over bool
+}
+
+func stagesOf(ctx context.Context) *stages {
+	s := &stages{phases: telemetry.PhasesOf(ctx), span: trace.SpanFromContext(ctx)}
+	if s.phases == nil && !s.span.IsRecording() {
+		return nil
+	}
+	return s
+}
+
+// connecting is a stage before there is a connection.
+func (s *stages) connecting(stage string) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.has {
+		s.tell(stage)
+	}
+}
+
+func (s *stages) got() {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.has = true
+	s.tell(phaseSend)
+}
+
+func (s *stages) enter(stage string) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.over {
+		return
+	}
+	s.over = stage == phaseRunner
+	s.tell(stage)
+}
+
+func (s *stages) tell(stage string) {
+	s.phases.Enter(stage)
+	if stage == phaseRunner {
+		stage = "first response byte"
+	}
+	s.span.AddEvent(stage)
 }
 
 // connections gives the addresses connected to since the last call.

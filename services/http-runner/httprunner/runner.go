@@ -16,6 +16,7 @@ import (
 
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/pkg/telemetry"
 )
 
 // ExecutionType is the execution type that a [Runner] serves.
@@ -29,6 +30,18 @@ const (
 	// maxCachedPlan is the largest configuration, in bytes, whose plan is kept.
 	maxCachedPlan = 64 << 10
 	maxStates     = 4096
+)
+
+// The phases of a call that are told apart where its caller asks where its time goes.
+const (
+	phasePolicy    = "policy"
+	phaseRunner    = "runner"
+	phaseConnect   = "connect"
+	phaseDNS       = "dns"
+	phaseTLS       = "tls"
+	phaseSend      = "send"
+	phaseFirstByte = "first_byte"
+	phaseBody      = "body"
 )
 
 // Options are the settings of a [Runner]; the zero value is ready for use.
@@ -148,6 +161,7 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 		return nil, fmt.Errorf("execute: no job or no sink")
 	}
 	start := time.Now()
+	telemetry.Enter(ctx, phasePolicy)
 	c := &call{runner: r, job: job, sink: sink, checks: &runner.Checks{}, meter: &meter{}, responseBytes: -1}
 	result := &runner.Result{}
 	digest := ""

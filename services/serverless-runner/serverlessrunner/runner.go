@@ -247,6 +247,7 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 }
 
 func (r *Runner) execute(ctx context.Context, c *call) (json.RawMessage, error) {
+	telemetry.Enter(ctx, "policy")
 	if err := r.prepare(c); err != nil {
 		return nil, err
 	}
@@ -276,6 +277,7 @@ func (r *Runner) execute(ctx context.Context, c *call) (json.RawMessage, error) 
 	defer func() { done(c.invoked, c.costUSD) }()
 
 	// The function goes on with this span's trace.
+	telemetry.Enter(ctx, "remote")
 	ctx, remote := telemetry.Start(ctx, "remote", trace.WithSpanKind(trace.SpanKindClient))
 	defer remote.End()
 	carrier := propagation.MapCarrier{}

@@ -80,9 +80,11 @@ type attempt struct {
 
 // run carries the job out; whatever it started is gone when it returns.
 func (a *attempt) run(ctx context.Context) (output []byte, err error) {
+	telemetry.Enter(ctx, "policy")
 	_, check := telemetry.Start(ctx, "policy check")
 	plan, err := a.prepare(ctx)
 	check.End()
+	telemetry.Enter(ctx, "sandbox")
 	if err != nil {
 		return nil, err
 	}
@@ -270,7 +272,9 @@ func (a *attempt) supervise(ctx context.Context, l *launch, input []byte) ([]byt
 	go stdout.read(pipes.stdoutR, &io)
 	go stderr.read(pipes.stderrR, &io)
 
+	telemetry.Enter(ctx, "remote")
 	failure := a.watch(ctx, stdout)
+	telemetry.Enter(ctx, "cleanup")
 	hits := 0
 	if a.group != nil {
 		hits = a.group.ProcessLimitHits() // the kill makes hits of its own

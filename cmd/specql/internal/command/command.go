@@ -150,7 +150,7 @@ func newRoot(s IO) *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	root.AddCommand(
 		newDev(s), newDemo(s), newExecuteJob(s), newRuns(s), newRunners(s), newValidateConfig(s), newMigrationCheck(s), newCerts(s), newToken(s),
-		newGenerateSchema(s), newMigrateSchema(s), newValidateSchema(s), newCheckPermissions(s), newExecutionTypes(s), newRollback(s), newLoadTest(s), newBenchmark(s), newResourceCheck(s), newSecurityAudit(s), newDoctor(s), newAlerts(s),
+		newGenerateSchema(s), newMigrateSchema(s), newValidateSchema(s), newCheckPermissions(s), newExecutionTypes(s), newRollback(s), newLoadTest(s), newProfile(s), newBenchmark(s), newResourceCheck(s), newSecurityAudit(s), newDoctor(s), newAlerts(s),
 	)
 	for _, c := range descendants(root) {
 		s.trace(c)

@@ -176,6 +176,11 @@ func (t *target) workflow() (string, error) {
 
 // loadTest calls a target and shows how far it is.
 func (s IO) loadTest(ctx context.Context, c *client.Client, l *loadFlags, t *target) (*load.Result, error) {
+	return s.callAgain(ctx, l, t, c.ExecuteAndWait)
+}
+
+// callAgain calls a target in the way that is given.
+func (s IO) callAgain(ctx context.Context, l *loadFlags, t *target, execute func(context.Context, client.Action) (*client.Run, error)) (*load.Result, error) {
 	workflow, err := t.workflow()
 	if err != nil {
 		return nil, err
@@ -183,7 +188,7 @@ func (s IO) loadTest(ctx context.Context, c *client.Client, l *loadFlags, t *tar
 	action := client.Action{Workflow: workflow, Input: t.input, CorrelationID: "load-test"}
 	var fine atomic.Bool // a call was taken
 	call := func(ctx context.Context) (load.Outcome, error) {
-		run, err := c.ExecuteAndWait(ctx, action)
+		run, err := execute(ctx, action)
 		var out load.Outcome
 		if jobs := run.GetJobs(); len(jobs) > 0 {
 			out.Usage = jobs[0].GetResourceUsage()

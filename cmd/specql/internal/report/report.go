@@ -22,6 +22,37 @@ type Test struct {
 	// Load says how it was called, for people.
 	Load   string
 	Result *load.Result
+	// Phases say where the time went; empty for a test that did not ask.
+	Phases []Phase
+}
+
+// Phase is a part of the calls' time; its times are in seconds.
+type Phase struct {
+	Name, Meaning         string
+	Share, Mean, P95, Max float64
+}
+
+// phase is one in the table.
+type phase struct {
+	Colour                  int
+	Name, Meaning           string
+	Offset, Width           float64 // of 100
+	Percent, Mean, P95, Max string
+}
+
+// phases puts the shares side by side.
+func phases(t Test) []phase {
+	var out []phase
+	at := 0.0
+	for i, p := range t.Phases {
+		width := 100 * min(max(p.Share, 0), 1)
+		out = append(out, phase{
+			Colour: i % colours, Name: p.Name, Meaning: p.Meaning, Offset: at, Width: width, Percent: number(100*p.Share) + " %",
+			Mean: Seconds(p.Mean), P95: Seconds(p.P95), Max: Seconds(p.Max),
+		})
+		at += width
+	}
+	return out
 }
 
 //go:embed report.html.tmpl
@@ -37,8 +68,10 @@ func Write(w io.Writer, title string, at time.Time, tests []Test) error {
 		Charts    []chart
 		Usage     []usage
 		Failures  []failure
+		Phases    []phase
 	}{Title: title, At: at.UTC().Format("2006-01-02 15:04:05 UTC")}
 	for i, t := range tests {
+		d.Phases = append(d.Phases, phases(t)...)
 		d.Rows = append(d.Rows, newRow(i, t))
 		for _, f := range t.Result.Failures {
 			d.Failures = append(d.Failures, failure{Test: t.Name, Failure: f})

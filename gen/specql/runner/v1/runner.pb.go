@@ -1251,7 +1251,9 @@ type Job struct {
 	TraceContext map[string]string `protobuf:"bytes,17,rep,name=trace_context,json=traceContext,proto3" json:"trace_context,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Another start may follow on this stream once the job has finished. A runner that waits for it
 	// says so in started.
-	More          bool `protobuf:"varint,18,opt,name=more,proto3" json:"more,omitempty"`
+	More bool `protobuf:"varint,18,opt,name=more,proto3" json:"more,omitempty"`
+	// Measure where the attempt's time goes, for finished.phases.
+	Profile       bool `protobuf:"varint,19,opt,name=profile,proto3" json:"profile,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1408,6 +1410,13 @@ func (x *Job) GetTraceContext() map[string]string {
 func (x *Job) GetMore() bool {
 	if x != nil {
 		return x.More
+	}
+	return false
+}
+
+func (x *Job) GetProfile() bool {
+	if x != nil {
+		return x.Profile
 	}
 	return false
 }
@@ -1834,6 +1843,9 @@ type Finished struct {
 	// The limits are not those that the orchestrator took slots of: nothing was called, and it is to ask again. This
 	// counts as no attempt.
 	LimitsChanged bool `protobuf:"varint,9,opt,name=limits_changed,json=limitsChanged,proto3" json:"limits_changed,omitempty"`
+	// Where the time went from the start's arrival to this message, where the job asked for it. The
+	// phases follow one another without a gap; one that came several times is one.
+	Phases        []*Phase `protobuf:"bytes,10,rep,name=phases,proto3" json:"phases,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1931,6 +1943,68 @@ func (x *Finished) GetLimitsChanged() bool {
 	return false
 }
 
+func (x *Finished) GetPhases() []*Phase {
+	if x != nil {
+		return x.Phases
+	}
+	return nil
+}
+
+// Phase is a part of a call's time.
+type Phase struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Such as policy, dns, connect, tls, first_byte, body, remote.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// How long it took.
+	Duration      *durationpb.Duration `protobuf:"bytes,2,opt,name=duration,proto3" json:"duration,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Phase) Reset() {
+	*x = Phase{}
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Phase) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Phase) ProtoMessage() {}
+
+func (x *Phase) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Phase.ProtoReflect.Descriptor instead.
+func (*Phase) Descriptor() ([]byte, []int) {
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *Phase) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Phase) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
 var File_specql_runner_v1_runner_proto protoreflect.FileDescriptor
 
 const file_specql_runner_v1_runner_proto_rawDesc = "" +
@@ -2016,7 +2090,7 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x05start\x18\x01 \x01(\v2\x15.specql.runner.v1.JobH\x00R\x05start\x122\n" +
 	"\x06cancel\x18\x02 \x01(\v2\x18.specql.runner.v1.CancelH\x00R\x06cancel\x12/\n" +
 	"\x05renew\x18\x03 \x01(\v2\x17.specql.runner.v1.RenewH\x00R\x05renewB\t\n" +
-	"\acommand\"\xf7\x05\n" +
+	"\acommand\"\x91\x06\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x15\n" +
 	"\x06run_id\x18\x02 \x01(\tR\x05runId\x12\x1b\n" +
@@ -2037,7 +2111,8 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"attachOnly\x12/\n" +
 	"\x11reserved_cost_usd\x18\x10 \x01(\x01H\x00R\x0freservedCostUsd\x88\x01\x01\x12L\n" +
 	"\rtrace_context\x18\x11 \x03(\v2'.specql.runner.v1.Job.TraceContextEntryR\ftraceContext\x12\x12\n" +
-	"\x04more\x18\x12 \x01(\bR\x04more\x1a?\n" +
+	"\x04more\x18\x12 \x01(\bR\x04more\x12\x18\n" +
+	"\aprofile\x18\x13 \x01(\bR\aprofile\x1a?\n" +
 	"\x11TraceContextEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x14\n" +
@@ -2061,7 +2136,7 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x04line\x18\x01 \x01(\x03R\x04line\x12\x16\n" +
 	"\x06stream\x18\x02 \x01(\tR\x06stream\x12\x12\n" +
 	"\x04text\x18\x03 \x01(\tR\x04text\x12.\n" +
-	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"\xfb\x02\n" +
+	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\"\xac\x03\n" +
 	"\bFinished\x12\x16\n" +
 	"\x06output\x18\x01 \x01(\fR\x06output\x12-\n" +
 	"\x05error\x18\x02 \x01(\v2\x17.specql.runner.v1.ErrorR\x05error\x12:\n" +
@@ -2073,7 +2148,12 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"handedBack\x12\x16\n" +
 	"\x06unused\x18\a \x01(\bR\x06unused\x12\x16\n" +
 	"\x06closes\x18\b \x01(\bR\x06closes\x12%\n" +
-	"\x0elimits_changed\x18\t \x01(\bR\rlimitsChanged2\xa0\x03\n" +
+	"\x0elimits_changed\x18\t \x01(\bR\rlimitsChanged\x12/\n" +
+	"\x06phases\x18\n" +
+	" \x03(\v2\x17.specql.runner.v1.PhaseR\x06phases\"R\n" +
+	"\x05Phase\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x125\n" +
+	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration2\xa0\x03\n" +
 	"\rRunnerService\x12Q\n" +
 	"\bDescribe\x12!.specql.runner.v1.DescribeRequest\x1a\".specql.runner.v1.DescribeResponse\x12Q\n" +
 	"\bValidate\x12!.specql.runner.v1.ValidateRequest\x1a\".specql.runner.v1.ValidateResponse\x12R\n" +
@@ -2093,7 +2173,7 @@ func file_specql_runner_v1_runner_proto_rawDescGZIP() []byte {
 	return file_specql_runner_v1_runner_proto_rawDescData
 }
 
-var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*DescribeRequest)(nil),       // 0: specql.runner.v1.DescribeRequest
 	(*DescribeResponse)(nil),      // 1: specql.runner.v1.DescribeResponse
@@ -2120,67 +2200,70 @@ var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*Renewed)(nil),               // 22: specql.runner.v1.Renewed
 	(*Log)(nil),                   // 23: specql.runner.v1.Log
 	(*Finished)(nil),              // 24: specql.runner.v1.Finished
-	nil,                           // 25: specql.runner.v1.Job.TraceContextEntry
-	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
-	(*PolicyCheck)(nil),           // 27: specql.runner.v1.PolicyCheck
-	(*ResourceUsage)(nil),         // 28: specql.runner.v1.ResourceUsage
-	(*Error)(nil),                 // 29: specql.runner.v1.Error
-	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
-	(*SecurityContext)(nil),       // 31: specql.runner.v1.SecurityContext
+	(*Phase)(nil),                 // 25: specql.runner.v1.Phase
+	nil,                           // 26: specql.runner.v1.Job.TraceContextEntry
+	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
+	(*PolicyCheck)(nil),           // 28: specql.runner.v1.PolicyCheck
+	(*ResourceUsage)(nil),         // 29: specql.runner.v1.ResourceUsage
+	(*Error)(nil),                 // 30: specql.runner.v1.Error
+	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
+	(*SecurityContext)(nil),       // 32: specql.runner.v1.SecurityContext
 }
 var file_specql_runner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: specql.runner.v1.DescribeResponse.types:type_name -> specql.runner.v1.ExecutionType
 	3,  // 1: specql.runner.v1.DescribeResponse.isolation:type_name -> specql.runner.v1.IsolationFeature
-	26, // 2: specql.runner.v1.DescribeResponse.now:type_name -> google.protobuf.Timestamp
+	27, // 2: specql.runner.v1.DescribeResponse.now:type_name -> google.protobuf.Timestamp
 	4,  // 3: specql.runner.v1.ValidateRequest.service:type_name -> specql.runner.v1.Service
 	5,  // 4: specql.runner.v1.ValidateRequest.operations:type_name -> specql.runner.v1.Operation
 	8,  // 5: specql.runner.v1.ValidateResponse.problems:type_name -> specql.runner.v1.Problem
 	4,  // 6: specql.runner.v1.CheckRequest.service:type_name -> specql.runner.v1.Service
 	10, // 7: specql.runner.v1.CheckRequest.jobs:type_name -> specql.runner.v1.RecordedJob
 	5,  // 8: specql.runner.v1.RecordedJob.operation:type_name -> specql.runner.v1.Operation
-	27, // 9: specql.runner.v1.RecordedJob.checks:type_name -> specql.runner.v1.PolicyCheck
-	28, // 10: specql.runner.v1.RecordedJob.usage:type_name -> specql.runner.v1.ResourceUsage
+	28, // 9: specql.runner.v1.RecordedJob.checks:type_name -> specql.runner.v1.PolicyCheck
+	29, // 10: specql.runner.v1.RecordedJob.usage:type_name -> specql.runner.v1.ResourceUsage
 	12, // 11: specql.runner.v1.CheckResponse.jobs:type_name -> specql.runner.v1.CheckedJob
-	27, // 12: specql.runner.v1.CheckedJob.checks:type_name -> specql.runner.v1.PolicyCheck
-	29, // 13: specql.runner.v1.CheckedJob.error:type_name -> specql.runner.v1.Error
+	28, // 12: specql.runner.v1.CheckedJob.checks:type_name -> specql.runner.v1.PolicyCheck
+	30, // 13: specql.runner.v1.CheckedJob.error:type_name -> specql.runner.v1.Error
 	4,  // 14: specql.runner.v1.LimitsRequest.service:type_name -> specql.runner.v1.Service
 	5,  // 15: specql.runner.v1.LimitsRequest.operation:type_name -> specql.runner.v1.Operation
 	15, // 16: specql.runner.v1.LimitsResponse.limits:type_name -> specql.runner.v1.Limit
-	30, // 17: specql.runner.v1.Limit.window:type_name -> google.protobuf.Duration
+	31, // 17: specql.runner.v1.Limit.window:type_name -> google.protobuf.Duration
 	17, // 18: specql.runner.v1.ExecuteRequest.start:type_name -> specql.runner.v1.Job
 	18, // 19: specql.runner.v1.ExecuteRequest.cancel:type_name -> specql.runner.v1.Cancel
 	19, // 20: specql.runner.v1.ExecuteRequest.renew:type_name -> specql.runner.v1.Renew
 	4,  // 21: specql.runner.v1.Job.service:type_name -> specql.runner.v1.Service
 	5,  // 22: specql.runner.v1.Job.operation:type_name -> specql.runner.v1.Operation
-	30, // 23: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
-	30, // 24: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
-	25, // 25: specql.runner.v1.Job.trace_context:type_name -> specql.runner.v1.Job.TraceContextEntry
+	31, // 23: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
+	31, // 24: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
+	26, // 25: specql.runner.v1.Job.trace_context:type_name -> specql.runner.v1.Job.TraceContextEntry
 	21, // 26: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
 	23, // 27: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
-	28, // 28: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
+	29, // 28: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
 	24, // 29: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
 	22, // 30: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
-	26, // 31: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
-	26, // 32: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
-	29, // 33: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
-	30, // 34: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
-	28, // 35: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
-	31, // 36: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
-	0,  // 37: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
-	6,  // 38: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
-	16, // 39: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
-	9,  // 40: specql.runner.v1.RunnerService.Check:input_type -> specql.runner.v1.CheckRequest
-	13, // 41: specql.runner.v1.RunnerService.Limits:input_type -> specql.runner.v1.LimitsRequest
-	1,  // 42: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
-	7,  // 43: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
-	20, // 44: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
-	11, // 45: specql.runner.v1.RunnerService.Check:output_type -> specql.runner.v1.CheckResponse
-	14, // 46: specql.runner.v1.RunnerService.Limits:output_type -> specql.runner.v1.LimitsResponse
-	42, // [42:47] is the sub-list for method output_type
-	37, // [37:42] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	27, // 31: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
+	27, // 32: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
+	30, // 33: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
+	31, // 34: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
+	29, // 35: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
+	32, // 36: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
+	25, // 37: specql.runner.v1.Finished.phases:type_name -> specql.runner.v1.Phase
+	31, // 38: specql.runner.v1.Phase.duration:type_name -> google.protobuf.Duration
+	0,  // 39: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
+	6,  // 40: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
+	16, // 41: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
+	9,  // 42: specql.runner.v1.RunnerService.Check:input_type -> specql.runner.v1.CheckRequest
+	13, // 43: specql.runner.v1.RunnerService.Limits:input_type -> specql.runner.v1.LimitsRequest
+	1,  // 44: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
+	7,  // 45: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
+	20, // 46: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
+	11, // 47: specql.runner.v1.RunnerService.Check:output_type -> specql.runner.v1.CheckResponse
+	14, // 48: specql.runner.v1.RunnerService.Limits:output_type -> specql.runner.v1.LimitsResponse
+	44, // [44:49] is the sub-list for method output_type
+	39, // [39:44] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_specql_runner_v1_runner_proto_init() }
@@ -2208,7 +2291,7 @@ func file_specql_runner_v1_runner_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_specql_runner_v1_runner_proto_rawDesc), len(file_specql_runner_v1_runner_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -4,19 +4,26 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"time"
 
 	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/telemetry"
 	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
+	"github.com/specql/mesh/services/orchestrator/internal/plan"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
 // ExecuteAction implements OrchestratorService.
 func (o *Orchestrator) ExecuteAction(ctx context.Context, req *specqlv1.ExecuteActionRequest) (*specqlv1.ExecuteActionResponse, error) {
+	var phases *telemetry.Phases
+	if req.GetProfile() {
+		phases = telemetry.NewPhases(phaseOrchestrator)
+	}
 	if err := checkExecuteAction(req); err != nil {
 		return nil, err
 	}
@@ -34,7 +41,7 @@ func (o *Orchestrator) ExecuteAction(ctx context.Context, req *specqlv1.ExecuteA
 	start, err := o.Intake.Prepare(ctx, &intake.Request{
 		Workflow: req.GetWorkflow(), Entity: req.GetEntity(), Action: req.GetAction(), EntityID: req.GetEntityId(), Input: req.GetInput().AsMap(),
 		IdempotencyKey: req.GetIdempotencyKey(), CorrelationID: req.GetCorrelationId(), TenantID: tenant, Subject: caller.Subject,
-		Traceparent: telemetry.Traceparent(trace.SpanContextFromContext(ctx)),
+		Traceparent: telemetry.Traceparent(trace.SpanContextFromContext(ctx)), Phases: phases,
 	})
 	if err != nil {
 		// What the first request with the key asked for may not be valid any more; its run is there.
@@ -49,6 +56,11 @@ func (o *Orchestrator) ExecuteAction(ctx context.Context, req *specqlv1.ExecuteA
 		}
 		return nil, err
 	}
+	if phases != nil && !oneCall(start.Plan) {
+		var v intake.Violations
+		v.Add("profile", "is for a workflow of one call, such as specql profile makes")
+		return nil, v.Err()
+	}
 	run, err := o.Engine.Start(ctx, start)
 	if dup, ok := errors.AsType[*store.DuplicateError](err); ok {
 		if run, err = o.Store.Run(ctx, dup.RunID); err != nil {
@@ -62,7 +74,38 @@ func (o *Orchestrator) ExecuteAction(ctx context.Context, req *specqlv1.ExecuteA
 		return nil, fault.Wrap(err, fault.Unavailable, "the run could not be made durable; ask again with the same idempotency key")
 	}
 	o.keys.add(tenant, req.GetIdempotencyKey(), run.ID)
-	return o.answer(ctx, req, run)
+	if phases == nil {
+		return o.answer(ctx, req, run)
+	}
+	waited := run.Status == store.Pending // for a place: its walk knows nothing of the phases
+	resp, err := o.answer(telemetry.WithPhases(ctx, phases), req, run)
+	if err == nil && !waited && resp.GetRun().GetCompletedAt() != nil {
+		resp.Profile = profile(phases)
+	}
+	return resp, err
+}
+
+// phaseOrchestrator is the time of the orchestrator that no other phase has.
+const phaseOrchestrator = "orchestrator"
+
+// oneCall says whether a plan is a single call.
+func oneCall(p *plan.Plan) bool {
+	if len(p.Nodes) != 1 {
+		return false
+	}
+	c, ok := p.Nodes[0].(*plan.Call)
+	return ok && len(c.OnSuccess)+len(c.OnFailure) == 0
+}
+
+func profile(p *telemetry.Phases) *specqlv1.Profile {
+	out := &specqlv1.Profile{}
+	var total time.Duration
+	for _, phase := range p.End() {
+		total += phase.Took
+		out.Phases = append(out.Phases, &specqlv1.ProfilePhase{Name: phase.Name, Duration: durationpb.New(phase.Took)})
+	}
+	out.Total = durationpb.New(total)
+	return out
 }
 
 // known finds a run that was started with a key a short time ago; nil where it is not known here. The database
@@ -141,6 +184,7 @@ func (o *Orchestrator) answer(ctx context.Context, req *specqlv1.ExecuteActionRe
 	defer cancel()
 	// A run that ends here is known without asking the database.
 	if ended, jobs := o.Engine.Await(wctx, run.ID); ended != nil {
+		telemetry.PhasesOf(ctx).EnterLast("answer")
 		return &specqlv1.ExecuteActionResponse{Run: fullProto(ended, jobs)}, nil
 	}
 	if err := o.Engine.Wait(wctx, run.ID); err != nil && wctx.Err() == nil {
@@ -149,6 +193,7 @@ func (o *Orchestrator) answer(ctx context.Context, req *specqlv1.ExecuteActionRe
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	telemetry.PhasesOf(ctx).EnterLast("answer")
 	out, err := o.get(ctx, run.ID)
 	if err != nil {
 		return nil, err
@@ -174,6 +219,9 @@ func checkExecuteAction(req *specqlv1.ExecuteActionRequest) error {
 		v.Add("entity", "is missing")
 	case req.GetWorkflow() == "" && req.GetAction() == "":
 		v.Add("action", "is missing")
+	}
+	if req.GetProfile() && req.GetWait() == nil {
+		v.Add("profile", "needs wait: it is part of the answer once the run has ended")
 	}
 	if w := req.GetWait(); w != nil {
 		if err := w.CheckValid(); err != nil || w.AsDuration() < 0 || w.AsDuration() > maxWait {

@@ -254,6 +254,7 @@ func (d *Dispatcher) Execute(ctx context.Context, c *engine.Call, sink engine.Lo
 func (a *attempt) carry(ctx context.Context, began time.Time) *engine.Outcome {
 	handBacks := 0
 	for n := 0; ; n++ {
+		telemetry.Enter(ctx, "queue")
 		out, next := a.begin(ctx)
 		if next == cut || next == unsure {
 			out, next = a.find(ctx, out, next)
@@ -405,6 +406,8 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 		return b.outcome(err)
 	}
 	start := job(a.call, a.d.o.Lease)
+	start.Profile = telemetry.PhasesOf(ctx) != nil
+	telemetry.Enter(ctx, "dispatch")
 	start.AttachOnly, start.More = attach, !alone
 	telemetry.Propagator().Inject(ctx, propagation.MapCarrier(start.GetTraceContext()))
 	if err := t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: start}}); err != nil {
@@ -462,6 +465,7 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 		case *runnerv1.ExecuteResponse_Usage, *runnerv1.ExecuteResponse_Renewed:
 		case *runnerv1.ExecuteResponse_Finished:
 			again = more && !alone
+			within(ctx, ev.Finished)
 			if ev.Finished.GetHandedBack() && context.Cause(ctx) == nil {
 				return finished(ev.Finished), handedBack
 			}
@@ -540,6 +544,19 @@ func (k *keeper) end() {
 	defer k.mu.Unlock()
 	k.over = true
 	k.timer.Stop()
+}
+
+// within gives the runner's part of the time that was waited for it to the phases that it measured.
+func within(ctx context.Context, f *runnerv1.Finished) {
+	p := telemetry.PhasesOf(ctx)
+	if p == nil {
+		return
+	}
+	parts := make([]telemetry.Phase, 0, len(f.GetPhases()))
+	for _, phase := range f.GetPhases() {
+		parts = append(parts, telemetry.Phase{Name: phase.GetName(), Took: phase.GetDuration().AsDuration()})
+	}
+	p.Within(parts)
 }
 
 func finished(f *runnerv1.Finished) *engine.Outcome {

@@ -18,6 +18,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/telemetry"
 	"github.com/specql/mesh/services/orchestrator/internal/plan"
 	"github.com/specql/mesh/services/orchestrator/internal/quota"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
@@ -255,6 +256,8 @@ type StartRequest struct {
 	Subject        string
 	// Traceparent is the span that the run belongs to; empty for none.
 	Traceparent string
+	// Phases measure where the run's time goes; nil for none. They make sense for a run of one call.
+	Phases *telemetry.Phases
 	// Adopt is the pending job, inserted by SQL, that is the plan's only call; nil for none.
 	Adopt *store.Job
 }
@@ -344,6 +347,7 @@ func (e *Engine) begin(ctx context.Context, req *StartRequest) (*store.Run, erro
 	row.Status, row.StartedAt = store.Running, row.CreatedAt
 	r := newRun(e, row, req.Plan)
 	r.input, r.entityRow, r.whole = input, entityRow, true
+	r.ctx = telemetry.WithPhases(r.ctx, req.Phases)
 	r.startTrace(ctx)
 	if req.Adopt != nil {
 		j := *req.Adopt

@@ -428,6 +428,8 @@ func (r *run) flush(ctx context.Context) error {
 	r.mu.Unlock()
 	_, span := telemetry.Start(ctx, "journal")
 	defer span.End()
+	before := telemetry.Enter(ctx, "journal")
+	defer telemetry.Enter(ctx, before)
 	select {
 	case <-b.done:
 		return b.err

@@ -116,10 +116,12 @@ func (r *run) dispatch(ctx context.Context, n *plan.Call, job *store.Job, reserv
 	out.took = r.e.Clock.Now().Sub(began)
 	r.e.Observer.AttemptEnded(ctx, job.ExecutionType, out.Queued, out.took)
 	if out.Err == nil {
+		telemetry.Enter(ctx, "output_check")
 		_, check := telemetry.Start(ctx, "output check")
 		out.Err = r.checkOutput(n, out.Output)
 		check.End()
 	}
+	telemetry.Enter(ctx, "orchestrator")
 	if out.Err != nil {
 		telemetry.Fail(span, out.Err.Code)
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/telemetry"
 	"github.com/specql/mesh/services/orchestrator/internal/plan"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -469,6 +470,8 @@ func (r *run) idle(ctx context.Context, until time.Time, ready func() bool) erro
 
 // doze waits with nothing to do but the time to pass, without a slot.
 func (r *run) doze(ctx context.Context, d time.Duration) error {
+	before := telemetry.Enter(ctx, "pause")
+	defer telemetry.Enter(ctx, before)
 	r.sleep()
 	err := r.idle(ctx, r.e.Clock.Now().Add(d), nil)
 	if werr := r.wake(ctx); err == nil {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/spec"
+	"github.com/specql/mesh/pkg/telemetry"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
 	"github.com/specql/mesh/services/orchestrator/internal/registry"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
@@ -46,7 +47,9 @@ type Request struct {
 
 	IdempotencyKey string
 	// Traceparent is the span that the run belongs to; empty for none.
-	Traceparent   string
+	Traceparent string
+	// Phases measure where the run's time goes; nil for none.
+	Phases        *telemetry.Phases
 	CorrelationID string
 	TenantID      string
 	Subject       string
@@ -74,7 +77,7 @@ func (e *NotFoundError) Error() string {
 // runs survive this process.
 func (in *Intake) Prepare(ctx context.Context, req *Request) (*engine.StartRequest, error) {
 	start := &engine.StartRequest{
-		Action: req.Action, EntityID: req.EntityID, IdempotencyKey: req.IdempotencyKey, Traceparent: req.Traceparent,
+		Action: req.Action, EntityID: req.EntityID, IdempotencyKey: req.IdempotencyKey, Traceparent: req.Traceparent, Phases: req.Phases,
 		CorrelationID: req.CorrelationID, TenantID: req.TenantID, Subject: req.Subject,
 	}
 	workflow, err := in.choose(req, start)
