@@ -27,7 +27,7 @@ func TestLimits(t *testing.T) {
 	require.Empty(t, limits(plain, attempt{config: object{"base_url": rec.URL}}))
 	require.Empty(t, limits(plain, attempt{config: object{"base_url": "ftp://x"}, policy: open(object{"rate_limit_per_minute": 5})}), "it cannot be called")
 	rated := attempt{config: object{"base_url": rec.URL}, policy: open(object{"rate_limit_per_minute": 5})}
-	want := runner.Limit{Key: "service/svc", Window: time.Minute, MaxAttempts: 5, Rule: "rate_limit_per_minute of svc in security_policy"}
+	want := runner.Limit{Key: "service/svc", Window: time.Minute, MaxAttempts: 5, Rule: "rate_limit_per_minute of svc in security_policy", AttemptsKey: "rate_limit_per_minute"}
 	require.Equal(t, []runner.Limit{want}, limits(plain, rated))
 	held := newRunner(t, Options{Ceiling: &Policy{AllowPrivateNetworks: true, RateLimitPerMinute: 3}})
 	got := limits(held, rated)

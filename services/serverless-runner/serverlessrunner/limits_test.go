@@ -35,6 +35,7 @@ func TestLimits(t *testing.T) {
 	limits[0].Cost = 0
 	require.Equal(t, runner.Limit{
 		Key: "service/images", Window: time.Hour, MaxAttempts: 100, MaxCost: 3, Budget: true, Rule: "cost_limits of images in its security_policy",
+		AttemptsKey: "cost_limits.max_invocations_per_hour", CostKey: "cost_limits.max_cost_per_hour",
 	}, limits[0])
 	require.InDelta(t, 0.0000002+0.0000166667*910*10, limitsOf(t, r, lambdaConfig(untold), caps)[0].Cost, 1e-9)
 
