@@ -44,7 +44,7 @@ func TestRun(t *testing.T) {
 		"jobs": [{
 			"id": "j1", "service": "stripe", "operation": "charge", "executionType": "http", "status": "completed", "attempts": 0, "output": null, "payloadsOmitted": false,
 			"resourceUsage": {"durationSeconds": 0, "cpuSeconds": 0.25, "source": "http"},
-			"securityContext": {"checks": [{"rule": "allowed_domains", "subject": "api.stripe.com", "allowed": true}], "isolation": []},
+			"securityContext": {"checks": [{"rule": "allowed_domains", "subject": "api.stripe.com", "allowed": true, "allowedBy": []}], "isolation": []},
 			"maxAttempts": 0
 		}],
 		"createdAt": "2026-11-21T12:00:00Z", "retries": 0, "waiting": []
