@@ -126,6 +126,9 @@ func Register(s grpc.ServiceRegistrar, jr JobRunner, o Options) *Handler {
 		}, []string{"execution_type", "rule"})),
 		rules: telemetry.NewLabel(maxRuleLabels),
 	}
+	for _, reason := range []string{"full", "draining"} {
+		h.refused.WithLabelValues(reason) // there from the start, at 0
+	}
 	telemetry.Registered(o.Registerer, prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "specql_runner_capacity", Help: "How many attempts may run at once.",
 	})).Set(float64(o.MaxConcurrency))

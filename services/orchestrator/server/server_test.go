@@ -29,6 +29,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/mesh"
@@ -102,6 +103,12 @@ func (r *echoRunner) Execute(ctx context.Context, job *runner.Job, sink runner.S
 		case <-ctx.Done():
 			return &runner.Result{}, nil
 		}
+	case "charge":
+		return &runner.Result{Output: job.Input, Usage: &runnerv1.ResourceUsage{CostUsd: new(0.25)}}, nil
+	case "flaky":
+		if job.Attempt == 1 {
+			return &runner.Result{Err: fault.New(fault.Unavailable, "not yet")}, nil
+		}
 	case "refuse":
 		return &runner.Result{Err: fault.New(fault.RemoteError, "no")}, nil
 	}
@@ -161,6 +168,11 @@ type system struct {
 
 func start(t testing.TB, data string, options ...func(*server.Options)) *system {
 	t.Helper()
+	return startWith(t, data, runner.Options{MaxConcurrency: 2, DrainTimeout: time.Millisecond}, options...)
+}
+
+func startWith(t testing.TB, data string, r runner.Options, options ...func(*server.Options)) *system {
+	t.Helper()
 	s := &system{t: t, runner: &echoRunner{arrived: make(chan *runner.Job, 10_000), release: make(chan struct{})}}
 	ca, err := mesh.NewAuthority()
 	require.NoError(t, err)
@@ -179,7 +191,7 @@ func start(t testing.TB, data string, options ...func(*server.Options)) *system 
 	s.addr, s.web, s.metrics = apiLis.Addr().String(), webLis.Addr().String(), metricsLis.Addr().String()
 	rctx, rcancel := context.WithCancel(context.Background())
 	wg.Go(func() {
-		if err := runner.Serve(rctx, runnerLis, s.runner, runnerTLS, runner.Options{MaxConcurrency: 2, DrainTimeout: time.Millisecond}); err != nil {
+		if err := runner.Serve(rctx, runnerLis, s.runner, runnerTLS, r); err != nil {
 			t.Error(err)
 		}
 	})

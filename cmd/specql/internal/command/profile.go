@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -95,6 +96,9 @@ func newProfiled(total time.Duration, p *specqlv1.Profile) profiled {
 	served := p.GetTotal().AsDuration().Seconds()
 	out.phases[phaseClient] = max(out.total-served, 0)
 	out.phases[phaseUnaccounted] = out.total - out.phases[phaseClient] - sum
+	if math.Abs(out.phases[phaseUnaccounted]) < 1e-9 { // nanoseconds as fractions of a second
+		out.phases[phaseUnaccounted] = 0
+	}
 	return out
 }
 

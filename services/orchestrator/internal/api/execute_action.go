@@ -66,6 +66,7 @@ func (o *Orchestrator) ExecuteAction(ctx context.Context, req *specqlv1.ExecuteA
 		if run, err = o.Store.Run(ctx, dup.RunID); err != nil {
 			return nil, runError(err, dup.RunID, "")
 		}
+		phases = nil // they are not that run's
 	}
 	if err != nil {
 		if _, known := fault.As(err); known || ctx.Err() != nil {
