@@ -104,9 +104,8 @@ func newProfiled(total time.Duration, p *specqlv1.Profile) profiled {
 
 // profile is what the calls of one operation showed.
 type profile struct {
-	target   *target
-	calls    []profiled
-	failures []load.Failure
+	target *target
+	calls  []profiled
 	// without are calls of which the server gave no profile.
 	without int
 	latency *load.Result
