@@ -17,7 +17,7 @@ help: ## This list
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  %-16s %s\n", $$1, $$2}'
 
 .PHONY: ci
-ci: generate-check fmt-check proto-lint vet lint modules test test-rules helm-test ## Everything that has to pass before a change lands
+ci: generate-check fmt-check proto-lint vet lint modules test test-python test-rules helm-test ## Everything that has to pass before a change lands
 
 .PHONY: test
 test: ## Every test, with the race detector
