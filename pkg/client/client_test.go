@@ -2,6 +2,8 @@ package client_test
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"net"
 	"os"
 	"path/filepath"
@@ -301,4 +303,52 @@ func TestCertificate(t *testing.T) {
 		require.Equal(t, fault.Validation, f.Code)
 		require.ErrorContains(t, err, name)
 	}
+}
+
+// Certificates of one mesh often have names in common, so that the name that is dialled does not tell the
+// orchestrator from a neighbour that has taken its place.
+func TestATokenIsForTheOrchestratorAlone(t *testing.T) {
+	authority, err := mesh.NewAuthority()
+	require.NoError(t, err)
+	_, _, ca := files(t, authority, mesh.RoleOrchestrator)
+	for role, taken := range map[string]bool{mesh.RoleOrchestrator: true, "http-runner": false, "client": false} {
+		t.Run(role, func(t *testing.T) {
+			credentials, err := authority.Issue(role)
+			require.NoError(t, err)
+			lis, err := net.Listen("tcp", "127.0.0.1:0")
+			require.NoError(t, err)
+			srv := mesh.NewServer(credentials, mesh.ServerOptions{OptionalClientCert: true})
+			tokens := make(chan []string, 1)
+			specqlv1.RegisterOrchestratorServiceServer(srv, &server{execute: func(ctx context.Context, _ *specqlv1.ExecuteActionRequest) (*specqlv1.Run, error) {
+				tokens <- metadata.ValueFromIncomingContext(ctx, "authorization")
+				return &specqlv1.Run{Id: "r1"}, nil
+			}})
+			ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+			ended := make(chan error, 1)
+			go func() { ended <- srv.Serve(ctx, lis) }()
+			t.Cleanup(func() { cancel(); assert.NoError(t, <-ended) })
+			for name, opt := range map[string]client.Option{"ca": client.WithCA(ca), "tls": client.WithTLS(trusting(t, ca))} {
+				c, err := client.New(lis.Addr().String(), opt, client.WithToken("secret"))
+				require.NoError(t, err)
+				t.Cleanup(func() { _ = c.Close() })
+				_, err = c.Execute(t.Context(), client.Action{Entity: "e", Action: "a"})
+				if taken {
+					require.NoError(t, err, name)
+					require.Equal(t, []string{"Bearer secret"}, <-tokens)
+					continue
+				}
+				require.ErrorContains(t, err, "the server's certificate says", name)
+				require.Empty(t, tokens)
+			}
+		})
+	}
+}
+
+func trusting(t *testing.T, ca string) *tls.Config {
+	t.Helper()
+	pem, err := os.ReadFile(ca)
+	require.NoError(t, err)
+	pool := x509.NewCertPool()
+	require.True(t, pool.AppendCertsFromPEM(pem))
+	return &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: pool}
 }

@@ -20,6 +20,7 @@ import (
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/pkg/telemetry"
 )
 
@@ -119,6 +120,7 @@ func (o *options) dialOptions(address string) ([]grpc.DialOption, error) {
 				return loadCertificate(certFile, keyFile)
 			}
 		}
+		conf.VerifyConnection = onlyOrchestrator(conf.VerifyConnection)
 		transport = credentials.NewTLS(conf)
 	}
 	dial := []grpc.DialOption{
@@ -137,6 +139,18 @@ func (o *options) dialOptions(address string) ([]grpc.DialOption, error) {
 		dial = append(dial, grpc.WithPerRPCCredentials(caller{token: o.token, tenant: o.tenant, plaintext: transport.Info().SecurityProtocol == "insecure"}))
 	}
 	return append(dial, o.dial...), nil
+}
+
+// onlyOrchestrator refuses a neighbour of the orchestrator's that has taken its place, besides what is checked already:
+// it would get the token.
+func onlyOrchestrator(also func(tls.ConnectionState) error) func(tls.ConnectionState) error {
+	verify := mesh.VerifyRole(mesh.RoleOrchestrator)
+	return func(state tls.ConnectionState) error {
+		if err := verify(state); err != nil || also == nil {
+			return err
+		}
+		return also(state)
+	}
 }
 
 // checkFiles refuses a certificate without its key, and one that no CA goes with.

@@ -265,6 +265,21 @@ func (c *Credentials) clientTLS(serverRole string) *tls.Config {
 	return config
 }
 
+// VerifyRole is for [tls.Config.VerifyConnection] of clients that check the name that they dial. It refuses a server
+// whose certificate says another role: certificates of one mesh often have names in common, so that a name does not tell
+// one service from another. A certificate that says no role is of somebody who gives none, and the name is all there is.
+func VerifyRole(role string) func(tls.ConnectionState) error {
+	return func(state tls.ConnectionState) error {
+		if len(state.PeerCertificates) == 0 {
+			return errors.New("the server shows no certificate")
+		}
+		if says := roleOf(state.PeerCertificates[0]); says != "" && says != role {
+			return fmt.Errorf("the server's certificate says %q, not %q", says, role)
+		}
+		return nil
+	}
+}
+
 // PeerRole is the role of the caller by its certificate, or "" without one.
 func PeerRole(ctx context.Context) string {
 	p, ok := peer.FromContext(ctx)

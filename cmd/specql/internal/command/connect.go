@@ -84,6 +84,8 @@ func (c *connection) tlsMend(message string) string {
 	switch {
 	case has("first record does not look like a TLS handshake"):
 		return "it speaks plaintext: leave out --ca, --tls-cert and --tls-key (plaintext is for loopback alone)"
+	case has("the server's certificate says"):
+		return "it is another service of the mesh, not the orchestrator: look at --address"
 	case has("x509:", "unknown certificate authority", "bad certificate"):
 		return "its certificate and yours do not go together: give the CA that both come from as --ca"
 	case has("certificate required"):
