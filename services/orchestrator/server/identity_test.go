@@ -164,6 +164,65 @@ func TestRolesAndTenants(t *testing.T) {
 	require.NoError(t, err)
 }
 
+// What is of all tenants is changed by who is of all of them.
+func TestAnAdminOfATenantChangesNothingOfAll(t *testing.T) {
+	t.Parallel()
+	path, tokens := identities(t, map[string]string{"boss": "role: admin", "ada": "role: admin, tenant: acme", "all": `role: admin, tenant: "*"`})
+	s := start(t, t.TempDir(), func(o *server.Options) { o.Auth = &server.Auth{Tokens: path} })
+	as := func(subject string, more ...string) context.Context {
+		return metadata.NewOutgoingContext(t.Context(), metadata.Pairs(append([]string{"authorization", "Bearer " + tokens[subject]}, more...)...))
+	}
+	current, err := s.r.GetRegistry(as("ada"), &specqlv1.GetRegistryRequest{})
+	require.NoError(t, err)
+	apply := func(ctx context.Context) error {
+		_, err := s.r.ApplyRegistry(ctx, &specqlv1.ApplyRegistryRequest{Registry: &specqlv1.Document{Name: "mine.yaml", Content: []byte("services: []\n")}})
+		return err
+	}
+	set := func(ctx context.Context, types ...string) error {
+		_, err := s.r.SetExecutionTypes(ctx, &specqlv1.SetExecutionTypesRequest{Disable: types})
+		return err
+	}
+	for _, ctx := range []context.Context{as("ada"), as("ada", "specql-tenant", "acme")} {
+		require.Equal(t, codes.PermissionDenied, status.Code(apply(ctx)))
+		require.Equal(t, codes.PermissionDenied, status.Code(set(ctx, "echo")))
+		require.NoError(t, set(ctx), "to see them is no change")
+	}
+	after, err := s.r.GetRegistry(as("boss"), &specqlv1.GetRegistryRequest{})
+	require.NoError(t, err)
+	require.Equal(t, current.GetDigest(), after.GetDigest())
+	// To choose a tenant makes nobody less.
+	for _, ctx := range []context.Context{as("boss"), as("all"), as("boss", "specql-tenant", "acme")} {
+		require.NoError(t, set(ctx, "echo"))
+		require.NoError(t, apply(ctx))
+	}
+}
+
+// A stream shows nothing more of a tenant that its token is not of any more.
+func TestAWatchEndsWithTheTenantsOfItsToken(t *testing.T) {
+	t.Parallel()
+	path, tokens := identities(t, map[string]string{"bea": "role: operator, tenants: [acme, globex]"})
+	s := start(t, t.TempDir(), func(o *server.Options) { o.Auth = &server.Auth{Tokens: path} })
+	ctx, cancel := context.WithTimeout(metadata.NewOutgoingContext(t.Context(), metadata.Pairs("authorization", "Bearer "+tokens["bea"])), time.Minute)
+	defer cancel()
+	resp, err := s.o.ExecuteAction(metadata.AppendToOutgoingContext(ctx, "specql-tenant", "globex"), &specqlv1.ExecuteActionRequest{
+		Workflow: "actions:\n  - await_signal: {name: go, timeout: 3600}\n",
+	})
+	require.NoError(t, err)
+	stream, err := s.o.WatchRun(ctx, &specqlv1.WatchRunRequest{Id: resp.GetRun().GetId()})
+	require.NoError(t, err)
+	_, err = stream.Recv()
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(path, []byte(fmt.Sprintf("- {subject: bea, role: operator, tenant: acme, hash: %q}\n", mesh.HashToken(tokens["bea"]))), 0o600))
+	for err == nil {
+		_, err = stream.Recv()
+	}
+	require.Equal(t, codes.Unavailable, status.Code(err), "%v", err) // clients ask again, and learn
+	stream, err = s.o.WatchRun(ctx, &specqlv1.WatchRunRequest{Id: resp.GetRun().GetId()})
+	require.NoError(t, err)
+	_, err = stream.Recv()
+	require.Equal(t, codes.NotFound, status.Code(err))
+}
+
 func TestTheConsoleAsksWhoIsThere(t *testing.T) {
 	t.Parallel()
 	path, tokens := identities(t, map[string]string{"ann": "role: operator, tenant: acme", "gus": "role: operator, tenant: globex", "boss": "role: admin"})

@@ -4,10 +4,14 @@ import (
 	"context"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 )
 
 // ApplyRegistry implements RegistryService.
 func (r *Registry) ApplyRegistry(ctx context.Context, req *specqlv1.ApplyRegistryRequest) (*specqlv1.ApplyRegistryResponse, error) {
+	if err := auth.From(ctx).MayAll(); err != nil {
+		return nil, err
+	}
 	if err := checkDocuments(req.GetRegistry(), req.GetEntities(), req.GetEnv(), true); err != nil {
 		return nil, err
 	}

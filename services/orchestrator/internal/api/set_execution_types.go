@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
+	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/intake"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -14,6 +15,12 @@ const maxTypes = 100
 
 // SetExecutionTypes implements RegistryService.
 func (r *Registry) SetExecutionTypes(ctx context.Context, req *specqlv1.SetExecutionTypesRequest) (*specqlv1.SetExecutionTypesResponse, error) {
+	changes := len(req.GetDisable())+len(req.GetEnable()) > 0
+	if changes {
+		if err := auth.From(ctx).MayAll(); err != nil {
+			return nil, err
+		}
+	}
 	known, err := r.executionTypes(ctx)
 	if err != nil {
 		return nil, err
@@ -41,7 +48,7 @@ func (r *Registry) SetExecutionTypes(ctx context.Context, req *specqlv1.SetExecu
 	if err := v.Err(); err != nil {
 		return nil, err
 	}
-	if len(req.GetDisable())+len(req.GetEnable()) > 0 {
+	if changes {
 		if err := r.Types.SetExecutionTypes(ctx, req.GetDisable(), req.GetEnable()); err != nil {
 			return nil, err
 		}

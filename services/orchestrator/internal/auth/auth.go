@@ -101,6 +101,22 @@ func (c *Caller) Sees(tenant string) bool {
 	return c.all || slices.Contains(c.tenants, tenant)
 }
 
+// covers tells whether the caller sees all that another does.
+func (c *Caller) covers(other *Caller) bool {
+	if c.acting != "" || other.acting != "" {
+		return c.acting == other.acting
+	}
+	return c.all || !other.all && !slices.ContainsFunc(other.tenants, func(t string) bool { return !slices.Contains(c.tenants, t) })
+}
+
+// MayAll refuses what changes something of all tenants to who is not of all, whatever tenant the call is for.
+func (c *Caller) MayAll() error {
+	if c.all {
+		return nil
+	}
+	return ErrAllTenants
+}
+
 // Tenant is the one that what the caller starts belongs to. One who has several must choose.
 func (c *Caller) Tenant() (string, error) {
 	switch {

@@ -41,7 +41,7 @@ func (a *Authenticator) Interceptors() []grpc.ServerOption {
 			// A token that ends, or is taken back, ends what it began.
 			ctx, end := context.WithCancelCause(ctx)
 			defer end(nil)
-			defer a.again(ctx, info.FullMethod, end)()
+			defer a.again(ctx, info.FullMethod, c, end)()
 			err = handle(srv, callerStream{stream, ctx})
 			if stream.Context().Err() == nil && ctx.Err() != nil {
 				return context.Cause(ctx)
@@ -51,8 +51,11 @@ func (a *Authenticator) Interceptors() []grpc.ServerOption {
 	}
 }
 
-// again looks from time to time whether a call would still be admitted, and ends it where not.
-func (a *Authenticator) again(ctx context.Context, method string, end context.CancelCauseFunc) (stop func()) {
+// errNarrowed ends a stream whose caller is of fewer tenants than when it began. Clients ask again, and see what is left.
+var errNarrowed = status.Error(codes.Unavailable, "the tenants of the token have changed; ask again")
+
+// again looks from time to time whether a call would still be admitted, for all that it was for, and ends it where not.
+func (a *Authenticator) again(ctx context.Context, method string, before *Caller, end context.CancelCauseFunc) (stop func()) {
 	done := make(chan struct{})
 	ended := make(chan struct{})
 	go func() {
@@ -65,7 +68,13 @@ func (a *Authenticator) again(ctx context.Context, method string, end context.Ca
 				return
 			case <-tick.C:
 				// An issuer that does not answer takes nothing back.
-				if _, err := a.admit(ctx, method); err != nil && status.Code(err) != codes.Unavailable && ctx.Err() == nil {
+				now, err := a.admit(ctx, method)
+				if err == nil && !now.covers(before) {
+					err = errNarrowed
+				} else if status.Code(err) == codes.Unavailable {
+					err = nil
+				}
+				if err != nil && ctx.Err() == nil {
 					end(err)
 					return
 				}
