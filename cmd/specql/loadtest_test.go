@@ -180,12 +180,6 @@ func TestLoadTest(t *testing.T) {
 		require.True(t, got.Interrupted)
 		require.Positive(t, got.Completed)
 	})
-	t.Run("on a terminal", func(t *testing.T) {
-		out, status := onTerminal(t, nil, "load-test", "--service", "web", "--operation", "count", "--duration", "1s", "--address", address)
-		require.Equal(t, 0, status, out)
-		require.Regexp(t, `[█░]{24} web\.count  \d+ ended`, out)
-		require.Regexp(t, moves, out)
-	})
 	t.Run("misuse", func(t *testing.T) {
 		for want, args := range map[string][]string{
 			"--service is needed":                                          {},

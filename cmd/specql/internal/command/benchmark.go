@@ -34,14 +34,7 @@ func newBenchmark(s IO) *cobra.Command {
 		case len(names) > maxBenchmark:
 			return misuse("--services has %d names; at most %d are compared", len(names), maxBenchmark)
 		}
-		if err := l.check(); err != nil {
-			return err
-		}
-		input, err := s.readJSON("input", l.input)
-		if err != nil {
-			return err
-		}
-		services, err := registryServices(cmd.Context(), c)
+		services, input, err := s.prepareCalls(cmd.Context(), c, &l)
 		if err != nil {
 			return err
 		}

@@ -17,7 +17,7 @@ func newCheckPermissions(s IO) *cobra.Command {
 		Args: cobra.NoArgs,
 	}
 	return withDatabase(s, cmd, func(ctx context.Context, d *database, out *output) error {
-		problems, err := schema.CheckPermissions(ctx, d.url)
+		problems, err := during(s, "looking at the rights", func() ([]schema.Problem, error) { return schema.CheckPermissions(ctx, d.url) })
 		if err != nil {
 			return err
 		}

@@ -97,7 +97,7 @@ func newDoctor(s IO) *cobra.Command {
 		if err := s.bind(fs); err != nil {
 			return err
 		}
-		found, err := d.look(cmd.Context(), s, fs.Changed("address"))
+		found, err := during(s, "looking around", func() (*diagnosis, error) { return d.look(cmd.Context(), s, fs.Changed("address")) })
 		if err != nil {
 			return err
 		}

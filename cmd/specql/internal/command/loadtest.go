@@ -47,17 +47,30 @@ type loadFlags struct {
 	input       string
 	report      string
 	allowCost   bool
+	// service and operation are what load-test and profile call.
+	service, operation string
 }
 
 func (l *loadFlags) register(fs *pflag.FlagSet) {
-	l.flags = fs
 	fs.IntVar(&l.concurrency, "concurrency", 10, "calls in flight at most")
 	fs.IntVar(&l.requests, "requests", 0, "make so many calls")
 	fs.DurationVar(&l.duration, "duration", defaultDuration, "begin calls for so long, such as 30s or 5m; not together with --requests")
 	fs.Float64Var(&l.rate, "rate", 0, "begin so many calls a second, whatever becomes of them; latencies count from the time at which a call was to begin")
+	l.registerCalls(fs)
+}
+
+// registerCalls registers the flags of every command that calls an operation again and again.
+func (l *loadFlags) registerCalls(fs *pflag.FlagSet) {
+	l.flags = fs
 	fs.StringVar(&l.input, "input", "", "the calls' input: JSON, @FILE, or - for standard input; without it an example is made from the operation's input_schema")
 	fs.StringVar(&l.report, "report", "", "write a report with plots to this HTML file")
 	fs.BoolVar(&l.allowCost, "allow-cost", false, "do not warn of calls that cost money")
+}
+
+// registerTarget registers the flags of commands that call one operation.
+func (l *loadFlags) registerTarget(fs *pflag.FlagSet) {
+	fs.StringVar(&l.service, "service", "", "the service to call")
+	fs.StringVar(&l.operation, "operation", "", "the operation to call; the only one if the service has one")
 }
 
 func (l *loadFlags) check() error {
@@ -174,6 +187,36 @@ func (t *target) workflow() (string, error) {
 	return string(raw), err // JSON is YAML
 }
 
+// prepare checks the flags, and finds what they say is to be called in the registry in force.
+func (s IO) prepare(ctx context.Context, c *client.Client, l *loadFlags) (*target, error) {
+	if l.service == "" {
+		return nil, misuse("--service is needed: the service to call")
+	}
+	services, input, err := s.prepareCalls(ctx, c, l)
+	if err != nil {
+		return nil, err
+	}
+	t, err := findTarget(services, l.service, l.operation, input)
+	if err != nil {
+		return nil, err
+	}
+	s.warnOfCost(l, t)
+	return t, nil
+}
+
+// prepareCalls checks the flags, reads the input, and gives the services of the registry in force.
+func (s IO) prepareCalls(ctx context.Context, c *client.Client, l *loadFlags) ([]*specqlv1.ServiceInfo, json.RawMessage, error) {
+	if err := l.check(); err != nil {
+		return nil, nil, err
+	}
+	input, err := s.readJSON("input", l.input)
+	if err != nil {
+		return nil, nil, err
+	}
+	services, err := registryServices(ctx, c)
+	return services, input, err
+}
+
 // loadTest calls a target and shows how far it is.
 func (s IO) loadTest(ctx context.Context, c *client.Client, l *loadFlags, t *target) (*load.Result, error) {
 	return s.callAgain(ctx, l, t, c.ExecuteAndWait)
@@ -227,23 +270,20 @@ func (s IO) callAgain(ctx context.Context, l *loadFlags, t *target, execute func
 		r, err := load.Run(calls, begin, load.Options{Concurrency: l.concurrency, Requests: l.requests, Duration: l.duration, Rate: l.rate, Call: call}, p)
 		ended <- end{r, err}
 	}()
-	screen := s.err()
-	var live *terminal.Live
-	if screen.Live {
-		live = terminal.NewLive(s.Err, screen)
+	var bar *terminal.Progress
+	if screen := s.err(); screen.Live {
+		bar = terminal.NewProgress(s.Err, screen, l.whole())
+		defer bar.End()
 	}
 	ticker := time.NewTicker(frame)
 	defer ticker.Stop()
 	for {
 		select {
 		case e := <-ended:
-			if live != nil {
-				_ = live.Finish(nil, nil)
-			}
 			return e.result, e.err
 		case <-ticker.C:
-			if live != nil {
-				_ = live.Draw(nil, []string{l.bar(p, t.name(), screen)})
+			if bar != nil {
+				l.draw(bar, p, t.name())
 			}
 		case <-interrupts:
 			if begin.Err() == nil {
@@ -256,28 +296,29 @@ func (s IO) callAgain(ctx context.Context, l *loadFlags, t *target, execute func
 	}
 }
 
-// bar is how far a test is, in one line.
-func (l *loadFlags) bar(p *load.Progress, name string, screen terminal.Screen) string {
+// draw shows how far a test is.
+func (l *loadFlags) draw(bar *terminal.Progress, p *load.Progress, name string) {
 	ended, failed, elapsed := p.Now()
-	done := elapsed.Seconds() / l.duration.Seconds()
+	done := elapsed.Milliseconds()
 	if l.requests > 0 {
-		done = float64(ended) / float64(l.requests)
+		done = int64(ended)
 	}
-	const width = 24
-	full := int(math.Round(min(max(done, 0), 1) * width))
-	on, off := "█", "░"
-	if !screen.Unicode {
-		on, off = "#", "."
-	}
-	text := fmt.Sprintf("%s%s %s  %d ended", strings.Repeat(on, full), strings.Repeat(off, width-full), terminal.Clean(name), ended)
+	text := fmt.Sprintf("%s  %d ended", terminal.Clean(name), ended)
 	if s := elapsed.Seconds(); s > 0 {
 		text += fmt.Sprintf("  %.1f/s", float64(ended)/s)
 	}
 	if failed > 0 {
 		text += fmt.Sprintf("  %d failed", failed)
 	}
-	columns, _ := screen.Size()
-	return terminal.Cut(text, columns-1)
+	bar.Draw(text, done)
+}
+
+// whole is how much there is to do for a bar.
+func (l *loadFlags) whole() int64 {
+	if l.requests > 0 {
+		return int64(l.requests)
+	}
+	return max(l.duration.Milliseconds(), 1)
 }
 
 // warnOfCost warns of calls that somebody bills.
@@ -292,7 +333,6 @@ func (s IO) warnOfCost(l *loadFlags, targets ...*target) {
 
 func newLoadTest(s IO) *cobra.Command {
 	var l loadFlags
-	var service, operation string
 	cmd := &cobra.Command{
 		Use:   "load-test --service S [--operation O]",
 		Short: "Calls an operation again and again, and tells how long the calls took and what they used",
@@ -304,30 +344,13 @@ func newLoadTest(s IO) *cobra.Command {
 			"  specql load-test --service csv_processor --rate 20 --requests 1000 --input @input.json -o json",
 		Args: cobra.NoArgs,
 	}
-	fs := cmd.Flags()
-	fs.StringVar(&service, "service", "", "the service to call")
-	fs.StringVar(&operation, "operation", "", "the operation to call; the only one if the service has one")
-	l.register(fs)
+	l.registerTarget(cmd.Flags())
+	l.register(cmd.Flags())
 	return withClient(s, cmd, func(cmd *cobra.Command, c *client.Client, _ *connection, out *output, _ []string) error {
-		if service == "" {
-			return misuse("--service is needed: the service to call")
-		}
-		if err := l.check(); err != nil {
-			return err
-		}
-		input, err := s.readJSON("input", l.input)
+		t, err := s.prepare(cmd.Context(), c, &l)
 		if err != nil {
 			return err
 		}
-		services, err := registryServices(cmd.Context(), c)
-		if err != nil {
-			return err
-		}
-		t, err := findTarget(services, service, operation, input)
-		if err != nil {
-			return err
-		}
-		s.warnOfCost(&l, t)
 		test, err := s.measure(cmd.Context(), c, &l, t)
 		if err != nil {
 			return err

@@ -22,7 +22,9 @@ func newMigrateSchema(s IO) *cobra.Command {
 		Args:    cobra.NoArgs,
 	}
 	return withDatabase(s, cmd, func(ctx context.Context, d *database, out *output) error {
-		applied, err := schema.Migrate(ctx, d.url, telemetry.NewLogger(s.Err, "warn", "text"))
+		applied, err := during(s, "bringing the schema up to date", func() ([]string, error) {
+			return schema.Migrate(ctx, d.url, telemetry.NewLogger(s.Err, "warn", "text"))
+		})
 		if err != nil {
 			return err
 		}

@@ -152,7 +152,6 @@ func (p *profile) phases() []string {
 }
 
 func newProfile(s IO) *cobra.Command {
-	var service, operation string
 	l := loadFlags{concurrency: 1}
 	cmd := &cobra.Command{
 		Use:   "profile --service S [--operation O]",
@@ -165,38 +164,18 @@ func newProfile(s IO) *cobra.Command {
 			"  specql profile --service csv_processor --requests 50 --input @input.json --report profile.html -o json",
 		Args: cobra.NoArgs,
 	}
-	fs := cmd.Flags()
-	fs.StringVar(&service, "service", "", "the service to call")
-	fs.StringVar(&operation, "operation", "", "the operation to call; the only one if the service has one")
-	fs.IntVar(&l.requests, "requests", defaultProfiled, "make so many calls")
-	fs.StringVar(&l.input, "input", "", "the calls' input: JSON, @FILE, or - for standard input; without it an example is made from the operation's input_schema")
-	fs.StringVar(&l.report, "report", "", "write a report with plots to this HTML file")
-	fs.BoolVar(&l.allowCost, "allow-cost", false, "do not warn of calls that cost money")
-	l.flags = fs
+	l.registerTarget(cmd.Flags())
+	cmd.Flags().IntVar(&l.requests, "requests", defaultProfiled, "make so many calls")
+	l.registerCalls(cmd.Flags())
 	return withClient(s, cmd, func(cmd *cobra.Command, c *client.Client, _ *connection, out *output, _ []string) error {
-		if service == "" {
-			return misuse("--service is needed: the service to call")
-		}
 		if l.requests < 1 || l.requests > maxProfiled {
 			return misuse("--requests must be between 1 and %d", maxProfiled)
 		}
 		l.duration = time.Second // no flag of this command
-		if err := l.check(); err != nil {
-			return err
-		}
-		input, err := s.readJSON("input", l.input)
+		t, err := s.prepare(cmd.Context(), c, &l)
 		if err != nil {
 			return err
 		}
-		services, err := registryServices(cmd.Context(), c)
-		if err != nil {
-			return err
-		}
-		t, err := findTarget(services, service, operation, input)
-		if err != nil {
-			return err
-		}
-		s.warnOfCost(&l, t)
 		p, err := s.profile(cmd.Context(), c, &l, t)
 		if err != nil {
 			return err

@@ -53,7 +53,7 @@ type replay struct {
 }
 
 // replayPolicy asks for all pages.
-func replayPolicy(ctx context.Context, c *client.Client, service string, policy map[string]any, since *timestamppb.Timestamp, progress func(int)) (*replay, error) {
+func replayPolicy(ctx context.Context, c *client.Client, service string, policy map[string]any, since *timestamppb.Timestamp) (*replay, error) {
 	text, err := structpb.NewStruct(policy)
 	if err != nil {
 		return nil, misuse("--policy: %w", err)
@@ -72,7 +72,6 @@ func replayPolicy(ctx context.Context, c *client.Client, service string, policy 
 		for _, j := range res.GetJobs() {
 			r.add(j)
 		}
-		progress(r.jobs)
 		if req.PageToken = res.GetNextPageToken(); req.GetPageToken() == "" {
 			break
 		}
@@ -280,10 +279,8 @@ func (s IO) replay(ctx context.Context, c *client.Client, out *output, info *spe
 	if err != nil {
 		return err
 	}
-	r, err := replayPolicy(ctx, c, info.GetName(), policy, since, func(n int) {
-		if n >= 10*replayedPage && n%(10*replayedPage) < replayedPage {
-			s.say("%d jobs", n)
-		}
+	r, err := during(s, "asking what the policy says of past calls", func() (*replay, error) {
+		return replayPolicy(ctx, c, info.GetName(), policy, since)
 	})
 	if err != nil {
 		return err

@@ -199,11 +199,15 @@ func newResourceCheck(s IO) *cobra.Command {
 			return err
 		}
 		filter := &specqlv1.JobFilter{Service: info.GetName(), Since: begin}
-		usage, err := insightOf(c).GetResourceUsage(cmd.Context(), &specqlv1.GetResourceUsageRequest{Filter: filter})
+		usage, err := during(s, "looking at what the calls used", func() (*specqlv1.GetResourceUsageResponse, error) {
+			return insightOf(c).GetResourceUsage(cmd.Context(), &specqlv1.GetResourceUsageRequest{Filter: filter})
+		})
 		if err != nil {
 			return fault.FromError(err)
 		}
-		patterns, err := insightOf(c).GetFailurePatterns(cmd.Context(), &specqlv1.GetFailurePatternsRequest{Filter: filter})
+		patterns, err := during(s, "looking at the failures", func() (*specqlv1.GetFailurePatternsResponse, error) {
+			return insightOf(c).GetFailurePatterns(cmd.Context(), &specqlv1.GetFailurePatternsRequest{Filter: filter})
+		})
 		if err != nil {
 			return fault.FromError(err)
 		}

@@ -18,7 +18,9 @@ func newRunners(s IO) *cobra.Command {
 	cmd := &cobra.Command{Use: "runners", Short: "Lists the runners, their load and how they isolate jobs", Args: cobra.NoArgs}
 	cmd.Flags().BoolVar(&verbose, "verbose", false, "say why a feature is not available")
 	return withClient(s, cmd, func(cmd *cobra.Command, c *client.Client, _ *connection, out *output, _ []string) error {
-		res, err := c.Registry().ListRunners(cmd.Context(), &specqlv1.ListRunnersRequest{})
+		res, err := during(s, "asking the runners", func() (*specqlv1.ListRunnersResponse, error) {
+			return c.Registry().ListRunners(cmd.Context(), &specqlv1.ListRunnersRequest{})
+		})
 		if err != nil {
 			return fault.FromError(err)
 		}

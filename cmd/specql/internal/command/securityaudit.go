@@ -187,7 +187,9 @@ func newSecurityAudit(s IO) *cobra.Command {
 			return s.replay(cmd.Context(), c, out, info, policy, env, begin)
 		}
 		req.Filter = &specqlv1.JobFilter{Service: info.GetName(), Since: begin}
-		res, err := insightOf(c).GetSecurityAudit(cmd.Context(), req)
+		res, err := during(s, "looking at what was forbidden", func() (*specqlv1.GetSecurityAuditResponse, error) {
+			return insightOf(c).GetSecurityAudit(cmd.Context(), req)
+		})
 		if err != nil {
 			return fault.FromError(err)
 		}

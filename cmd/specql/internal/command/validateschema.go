@@ -17,7 +17,7 @@ func newValidateSchema(s IO) *cobra.Command {
 		Args: cobra.NoArgs,
 	}
 	return withDatabase(s, cmd, func(ctx context.Context, d *database, out *output) error {
-		problems, err := schema.Validate(ctx, d.url)
+		problems, err := during(s, "looking at the schema", func() ([]schema.Problem, error) { return schema.Validate(ctx, d.url) })
 		if err != nil {
 			return err
 		}
