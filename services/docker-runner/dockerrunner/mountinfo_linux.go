@@ -26,6 +26,11 @@ func mountsOfHost() ([]mounted, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read mounts: %w", err)
 	}
+	return parseMounts(text), nil
+}
+
+// parseMounts reads the kernel's list of mounts.
+func parseMounts(text []byte) []mounted {
 	var all []mounted
 	for line := range bytes.Lines(text) {
 		before, after, _ := strings.Cut(string(line), " - ")
@@ -35,7 +40,7 @@ func mountsOfHost() ([]mounted, error) {
 		}
 		all = append(all, mounted{dev: fields[2], root: unescape(fields[3]), place: unescape(fields[4]), kind: kind[0]})
 	}
-	return all, nil
+	return all
 }
 
 // unescape reads the octal escapes of a path in the kernel's list of mounts.

@@ -28,7 +28,7 @@ const (
 	// maxErrorBody is how much of an error's body is read, so that its connection can be kept.
 	maxErrorBody = 64 << 10
 	// maxRetryAfter bounds what a target may ask for.
-	maxRetryAfter = 24 * time.Hour
+	maxRetryAfter = time.Hour
 )
 
 // classify says what a failed exchange means.
@@ -178,10 +178,10 @@ func retryAfter(h http.Header, now time.Time) time.Duration {
 		return 0
 	}
 	if seconds, err := strconv.ParseInt(value, 10, 64); err == nil {
-		if seconds > int64(maxRetryAfter/time.Second) {
-			return maxRetryAfter
-		}
-		return max(0, time.Duration(seconds)*time.Second)
+		// Bounded before it is multiplied: a large one of either sign would turn into another.
+		return time.Duration(min(max(0, seconds), int64(maxRetryAfter/time.Second))) * time.Second
+	} else if errors.Is(err, strconv.ErrRange) && seconds > 0 {
+		return maxRetryAfter
 	}
 	at, err := http.ParseTime(value)
 	if err != nil {

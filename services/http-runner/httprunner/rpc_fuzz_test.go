@@ -1,17 +1,25 @@
 package httprunner
 
 import (
+	"bufio"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"strconv"
+	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/runner/runnertest"
 )
 
@@ -61,6 +69,91 @@ func FuzzReadPolicy(f *testing.F) {
 		require.NoError(t, err)
 		if r, err := New(Options{Ceiling: policy}); err == nil {
 			require.NotNil(t, r)
+		}
+	})
+}
+
+// FuzzRetryAfter reads how long a target asks to be left alone.
+func FuzzRetryAfter(f *testing.F) {
+	now := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
+	for _, text := range []string{
+		"3", "-1", "0", "", " 7 ", "-9223372037", "9223372036854775807", "-9223372036854775808", "1e400", "NaN",
+		"Sun, 01 Nov 2026 12:00:09 GMT", "Sunday, 01-Nov-26 12:00:09 GMT", "Sun Nov  1 12:00:09 2026", "Fri, 31 Dec 9999 23:59:59 GMT",
+	} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		d := retryAfter(http.Header{"Retry-After": {text}}, now)
+		require.True(t, d >= 0 && d <= maxRetryAfter, "%q: %s", text, d)
+		if strings.HasPrefix(strings.TrimSpace(text), "-") {
+			require.Zero(t, d, "%q", text)
+		}
+	})
+}
+
+// quiet hears what a job says, and keeps none of it.
+type quiet struct{}
+
+func (quiet) Log(string, string)            {}
+func (quiet) Usage(*runnerv1.ResourceUsage) {}
+func (quiet) Secret(string)                 {}
+
+// answering is the address of a server that answers what it is told, whatever it is asked.
+func answering(f *testing.F, answer *atomic.Pointer[[]byte]) string {
+	f.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(f, err)
+	f.Cleanup(func() { _ = lis.Close() })
+	go func() {
+		for {
+			conn, err := lis.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer func() { _ = conn.Close() }()
+				if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
+					_, _ = conn.Write(*answer.Load())
+				}
+			}()
+		}
+	}()
+	return lis.Addr().String()
+}
+
+// FuzzAnswer calls a target that answers with hostile bytes, over a real connection.
+func FuzzAnswer(f *testing.F) {
+	var answer atomic.Pointer[[]byte]
+	host := answering(f, &answer)
+	r, err := New(Options{Ceiling: &Policy{AllowedDomains: []string{"127.0.0.1"}, AllowPrivateNetworks: true}})
+	require.NoError(f, err)
+	for _, text := range []string{
+		"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}", "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n\xff\xfe\x00",
+		"HTTP/1.1 429 Slow\r\nRetry-After: -9223372037\r\n\r\n", "HTTP/1.1 503 No\r\nRetry-After: 99999999999999999999\r\n\r\n",
+		"HTTP/1.1 302 Found\r\nLocation: http://169.254.169.254/\r\n\r\n", "HTTP/1.1 307 Again\r\nLocation: //[::ffff:169.254.169.254%25eth0]/\r\nConnection: close\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n\x1f\x8b\x08\x00\x00\r\n0\r\n\r\n",
+		"HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", "HTTP/1.1 101 Switch\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "",
+	} {
+		f.Add([]byte(text))
+	}
+	config := fmt.Appendf(nil, `{"base_url":"http://%s"}`, host)
+	f.Fuzz(func(t *testing.T, text []byte) {
+		answer.Store(&text)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		res, err := r.Execute(ctx, &runner.Job{
+			Service:   runner.Service{Name: "s", Config: config, Policy: []byte(`{"allow_private_networks":true,"allowed_domains":["127.0.0.1"]}`)},
+			Operation: runner.Operation{Name: "o", Config: []byte(`{"method":"GET","path":"/"}`)}, Input: []byte(`{}`), Attempt: 1,
+		}, quiet{})
+		require.NoError(t, ctx.Err(), "the answer held the runner up")
+		require.NoError(t, err)
+		if res.Err == nil {
+			require.True(t, json.Valid(res.Output))
+			return
+		}
+		require.Less(t, len(res.Err.Error()), 64<<10)
+		if failure, ok := errors.AsType[*fault.Error](res.Err); ok {
+			require.True(t, failure.RetryAfter >= 0 && failure.RetryAfter <= maxRetryAfter)
 		}
 	})
 }

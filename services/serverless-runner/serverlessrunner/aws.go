@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -402,8 +401,8 @@ func (c *call) lambdaMend(code string) string {
 
 func lambdaRetryAfter(err error, answer *smithyhttp.ResponseError) time.Duration {
 	if many, ok := errors.AsType[*types.TooManyRequestsException](err); ok {
-		if s, convErr := strconv.ParseFloat(aws.ToString(many.RetryAfterSeconds), 64); convErr == nil && s > 0 {
-			return seconds(s)
+		if d := retryAfter(aws.ToString(many.RetryAfterSeconds)); d > 0 {
+			return d
 		}
 	}
 	if answer == nil || answer.Response == nil {

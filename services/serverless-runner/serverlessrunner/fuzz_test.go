@@ -1,26 +1,41 @@
 package serverlessrunner
 
 import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
+	"time"
 
+	"github.com/aws/aws-sdk-go-v2/service/lambda/types"
 	"github.com/stretchr/testify/require"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/runner/runnertest"
 )
 
-// FuzzRPC sends hostile requests to the runner. What they may reach is one server on loopback.
-func FuzzRPC(f *testing.F) {
+func setFuzzKeys(f *testing.F) {
+	f.Helper()
 	for name, value := range map[string]string{
 		"AWS_ACCESS_KEY_ID": "fuzz", "AWS_SECRET_ACCESS_KEY": "fuzz-secret", "AWS_EC2_METADATA_DISABLED": "true", "FUZZ_KEY": "fuzz-key",
 	} {
 		require.NoError(f, os.Setenv(name, value)) //nolint:usetesting // F.Setenv is refused beside parallel tests
 	}
+}
+
+// FuzzRPC sends hostile requests to the runner. What they may reach is one server on loopback.
+func FuzzRPC(f *testing.F) {
+	setFuzzKeys(f)
 	remote := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("X-Amz-Log-Result", "UkVQT1JUIFJlcXVlc3RJZDogcgo=")
 		_, _ = w.Write([]byte(`{"ok":true}`))
@@ -67,5 +82,93 @@ func FuzzPrices(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text []byte) {
 		require.NoError(t, os.WriteFile(file, text, 0o600))
 		_, _ = LoadPrices(file)
+	})
+}
+
+// FuzzRetryAfter reads how long a function asks to be left alone: as a header, and as Lambda says it.
+func FuzzRetryAfter(f *testing.F) {
+	for _, text := range []string{
+		"3", "0.5", "-1", "0", "", " 7 ", "-9223372037", "9223372036854775807", "1e400", "-1e400", "NaN", "Inf", "-Inf", "0x1p62", "1_0",
+		"Sun, 01 Nov 2026 12:00:09 GMT", "Fri, 31 Dec 9999 23:59:59 GMT",
+	} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		header := retryAfter(text)
+		require.True(t, header >= 0 && header <= maxRetryAfter, "%q: %s", text, header)
+		lambda := lambdaRetryAfter(&types.TooManyRequestsException{RetryAfterSeconds: &text}, nil)
+		require.True(t, lambda >= 0 && lambda <= maxRetryAfter, "%q: %s", text, lambda)
+	})
+}
+
+// quiet hears what a job says, and keeps none of it.
+type quiet struct{}
+
+func (quiet) Log(string, string)            {}
+func (quiet) Usage(*runnerv1.ResourceUsage) {}
+func (quiet) Secret(string)                 {}
+
+// answering is the address of a server that answers what it is told, whatever it is asked.
+func answering(f *testing.F, answer *atomic.Pointer[[]byte]) string {
+	f.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(f, err)
+	f.Cleanup(func() { _ = lis.Close() })
+	go func() {
+		for {
+			conn, err := lis.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer func() { _ = conn.Close() }()
+				if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
+					_, _ = conn.Write(*answer.Load())
+				}
+			}()
+		}
+	}()
+	return lis.Addr().String()
+}
+
+// FuzzAnswer calls functions that answer with hostile bytes, over a real connection.
+func FuzzAnswer(f *testing.F) {
+	setFuzzKeys(f)
+	var answer atomic.Pointer[[]byte]
+	host := answering(f, &answer)
+	r, err := New(Options{Ceiling: &Policy{AllowedEndpoints: []string{host}, AllowedEnvVars: []string{"FUZZ_*"}, AllowedRoles: []string{}}})
+	require.NoError(f, err)
+	f.Cleanup(func() { require.NoError(f, r.Close()) })
+	endpoint := "http://" + host
+	jobs := []*runner.Job{
+		{Service: runner.Service{Name: "s", Config: fmt.Appendf(nil, `{"provider":"aws","function_name":"f","region":"us-east-1","endpoint":%q}`, endpoint)}},
+		{Service: runner.Service{Name: "s", Config: fmt.Appendf(nil, `{"provider":"azure","function_name":"f","app_name":"a","endpoint":%q,"auth_config":{"function_key_env_var":"FUZZ_KEY"}}`, endpoint)}},
+	}
+	for _, text := range []string{
+		"HTTP/1.1 200 OK\r\nX-Amz-Log-Result: UkVQT1JUIFJlcXVlc3RJZDogcgo=\r\nContent-Length: 2\r\n\r\n{}",
+		"HTTP/1.1 200 OK\r\nX-Amz-Function-Error: Unhandled\r\nContent-Length: 22\r\n\r\n{\"errorMessage\":\"boom\"}",
+		"HTTP/1.1 429 Slow\r\nRetry-After: -9223372037\r\nX-Amzn-ErrorType: TooManyRequestsException\r\nContent-Length: 28\r\n\r\n{\"retryAfterSeconds\":\"1e99\"}",
+		"HTTP/1.1 302 Found\r\nLocation: http://169.254.169.254/\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n\x1f\x8b\x08\x00\x00\r\n0\r\n\r\n", "",
+	} {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		answer.Store(&text)
+		for _, job := range jobs {
+			job.Operation, job.Input, job.Attempt = runner.Operation{Name: "o"}, []byte(`{}`), 1
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			res, err := r.Execute(ctx, job, quiet{})
+			require.NoError(t, ctx.Err(), "the answer held the runner up")
+			cancel()
+			require.NoError(t, err)
+			if res.Err != nil {
+				require.Less(t, len(res.Err.Error()), 64<<10)
+				if failure, ok := errors.AsType[*fault.Error](res.Err); ok {
+					require.True(t, failure.RetryAfter >= 0 && failure.RetryAfter <= maxRetryAfter)
+				}
+				continue
+			}
+			require.True(t, json.Valid(res.Output))
+		}
 	})
 }

@@ -48,3 +48,14 @@ func FuzzPolicy(f *testing.F) {
 		_ = policy.ResourceLimits.check()
 	})
 }
+
+// FuzzProcess reads what the kernel tells of a process, whose name the process chooses.
+func FuzzProcess(f *testing.F) {
+	f.Add([]byte("7 (a) b) S 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 12345 1 1"))
+	f.Add([]byte("7 (\n) R) "))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		if p, ok := parseProcess(text); ok && p.state == 0 {
+			t.Fatal("a process without a state")
+		}
+	})
+}

@@ -282,16 +282,24 @@ func readProcess(pid int) (processInfo, error) {
 	if err != nil {
 		return processInfo{}, err
 	}
-	// pid (name) state ppid pgrp session …; the name may hold anything.
+	p, ok := parseProcess(data)
+	if !ok {
+		return processInfo{}, fmt.Errorf("/proc/%d/stat has an unknown form", pid)
+	}
+	return p, nil
+}
+
+// parseProcess reads pid (name) state ppid pgrp session …; the name may hold anything.
+func parseProcess(data []byte) (processInfo, bool) {
 	f := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
 	if len(f) < 20 {
-		return processInfo{}, fmt.Errorf("/proc/%d/stat has an unknown form", pid)
+		return processInfo{}, false
 	}
 	p := processInfo{state: f[0][0]}
 	p.parent, _ = strconv.Atoi(f[1])
 	p.session, _ = strconv.Atoi(f[3])
 	p.start, _ = strconv.ParseUint(f[19], 10, 64)
-	return p, nil
+	return p, true
 }
 
 // ownThreads counts the threads of this user, which a limit on processes by user includes.

@@ -5,6 +5,7 @@ package alert
 import (
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 
@@ -135,6 +136,10 @@ func evaluate(a *spec.Alert, f figures) verdict {
 		value, samples, ok := f.value(m, a.Window.Hours())
 		if !ok {
 			v.detail = fmt.Sprintf("%s: %d jobs ended within the window; a rate or a percentile takes %d", name, samples, MinSamples)
+			continue
+		}
+		if math.IsNaN(value) || math.IsInf(value, 0) {
+			v.detail = fmt.Sprintf("%s: what is recorded of the window's jobs adds up to no number", name)
 			continue
 		}
 		v.values[name], scope[name] = value, value

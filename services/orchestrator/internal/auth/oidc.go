@@ -162,11 +162,12 @@ func (i *issuer) verify(ctx context.Context, token string, sum [sha256.Size]byte
 	if err := t.Claims(&claims); err != nil {
 		return nil, err
 	}
-	if before, ok := claims["nbf"].(float64); ok && now.Add(skew).Before(time.Unix(int64(before), 0)) {
+	// As numbers: a time that a claim has no room for is still later than now.
+	if before, ok := claims["nbf"].(float64); ok && before > float64(now.Add(skew).Unix()) {
 		return nil, errors.New("not valid yet")
 	}
-	if t.Subject == "" || len(t.Subject) > maxSubject {
-		return nil, errors.New("no subject")
+	if !isSubject(t.Subject) {
+		return nil, errors.New("no subject, or none that can be written down in one line")
 	}
 	c := &Caller{Subject: t.Subject, expires: t.Expiry}
 	for _, value := range texts(claims, i.RolesClaim) {

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"go.yaml.in/yaml/v4"
 	"go.yaml.in/yaml/v4/plugin/loaderlimits"
@@ -206,7 +207,7 @@ func parseToken(entry *yaml.Node) (sum [sha256.Size]byte, _ *Caller, _ error) {
 		case value.Kind != yaml.ScalarNode:
 			err = errors.New("is no text")
 		case key == "subject":
-			if c.Subject = value.Value; c.Subject == "" || len(c.Subject) > maxSubject || strings.ContainsFunc(c.Subject, func(r rune) bool { return r < ' ' || r == 0x7f || r == '\uFFFD' }) {
+			if c.Subject = value.Value; !isSubject(c.Subject) {
 				err = fmt.Errorf("has between 1 and %d bytes, of one line", maxSubject)
 			}
 		case key == "role":
@@ -241,6 +242,11 @@ func parseToken(entry *yaml.Node) (sum [sha256.Size]byte, _ *Caller, _ error) {
 	}
 	c.belongs(tenants)
 	return sum, c, nil
+}
+
+// isSubject tells what can be written down as a subject: one line of text.
+func isSubject(text string) bool {
+	return text != "" && len(text) <= maxSubject && !strings.ContainsFunc(text, func(r rune) bool { return unicode.IsControl(r) || r == '\uFFFD' })
 }
 
 // add makes the caller one of a tenant.
