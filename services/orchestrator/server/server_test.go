@@ -35,6 +35,7 @@ import (
 	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/spec"
+	"github.com/specql/mesh/services/orchestrator/schema"
 	"github.com/specql/mesh/services/orchestrator/server"
 	"github.com/specql/mesh/test/pgtest"
 )
@@ -570,4 +571,58 @@ func TestAnInvalidRegistryStopsTheStart(t *testing.T) {
 	var invalid *server.InvalidError
 	require.ErrorAs(t, err, &invalid)
 	require.Equal(t, "r.yaml", invalid.Problems[0].File)
+}
+
+// PostgreSQL holds no NUL. Who is told to ask again would do so for ever.
+func TestNULIsRefused(t *testing.T) {
+	t.Parallel()
+	for name, database := range map[string]func(*server.Options){
+		"sqlite": func(*server.Options) {}, "postgres": func(o *server.Options) {
+			o.Database = pgtest.Database(t)
+			_, err := schema.Migrate(t.Context(), o.Database, nil)
+			require.NoError(t, err)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := start(t, t.TempDir(), database)
+			waiting := "actions:\n  - await_signal: {name: go, timeout: 3600}\n"
+			with := strings.Replace(workflow("say"), "actions:", "input: {x: any}\nactions:", 1)
+			refused := func(field string, err error) {
+				t.Helper()
+				require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
+				f := fault.FromError(err)
+				require.Len(t, f.Violations, 1)
+				require.Equal(t, fault.Violation{Field: field, Description: "holds the character U+0000, which is not kept"}, f.Violations[0])
+			}
+			for field, req := range map[string]*specqlv1.ExecuteActionRequest{
+				"idempotency_key": {Workflow: waiting, IdempotencyKey: "a\x00b"},
+				"correlation_id":  {Workflow: waiting, CorrelationId: "\x00"},
+				"entity_id":       {Entity: "thing", Action: "say", EntityId: "\x00"},
+				"input.x":         {Workflow: with, Input: object(t, `{"x": "a\u0000b"}`)},
+				"input.x.y[1]":    {Workflow: with, Input: object(t, `{"x": {"y": ["", "\u0000"]}}`)},
+				"input":           {Workflow: with, Input: object(t, `{"x": 1, "a\u0000": 1}`)},
+			} {
+				_, err := s.o.ExecuteAction(t.Context(), req)
+				refused(field, err)
+			}
+			// What only looks like one passes.
+			run := s.execute(&specqlv1.ExecuteActionRequest{Workflow: with, Input: object(t, `{"x": "\\u0000"}`), Wait: durationpb.New(time.Minute)})
+			require.Equal(t, specqlv1.Status_STATUS_COMPLETED, run.GetStatus())
+			// A workflow that makes one has a call that fails, as any other may.
+			run = s.execute(&specqlv1.ExecuteActionRequest{Wait: durationpb.New(time.Minute), Workflow: "actions:\n" +
+				"  - call_service: {service: svc, operation: say, input: {x: \"${ 'a\\\\u0000b' }\"}, on_failure: [{call_service: {service: svc, operation: say, input: {x: $error.code}}}]}\n"})
+			require.Equal(t, specqlv1.Status_STATUS_COMPLETED, run.GetStatus(), "%v", run.GetError())
+			require.Equal(t, string(fault.Validation), run.GetJobs()[0].GetError().GetCode())
+			id := s.execute(&specqlv1.ExecuteActionRequest{Workflow: waiting}).GetId()
+			_, err := s.o.SignalRun(t.Context(), &specqlv1.SignalRunRequest{Id: id, Name: "\x00"})
+			refused("name", err)
+			_, err = s.o.SignalRun(t.Context(), &specqlv1.SignalRunRequest{Id: id, Name: "go", Payload: structpb.NewStringValue("\x00")})
+			refused("payload", err)
+			_, err = s.o.CancelRun(t.Context(), &specqlv1.CancelRunRequest{Id: id, Reason: "\x00"})
+			refused("reason", err)
+			_, err = specqlv1.NewInsightServiceClient(s.conn).ReplayPolicy(t.Context(), &specqlv1.ReplayPolicyRequest{Filter: &specqlv1.JobFilter{Service: "svc"}, PageToken: "x"})
+			require.Equal(t, codes.InvalidArgument, status.Code(err))
+		})
+	}
 }

@@ -83,6 +83,7 @@ func name(v *intake.Violations, field, value string) {
 	if len(value) > maxName {
 		v.Add(field, "has %d bytes; at most %d are taken", len(value), maxName)
 	}
+	v.Text(field, value)
 }
 
 func notFound(kind, name, mend string) error {

@@ -14,10 +14,13 @@ func (o *Orchestrator) CancelRun(ctx context.Context, req *specqlv1.CancelRunReq
 	if err := checkID(req.GetId()); err != nil {
 		return nil, err
 	}
+	var v intake.Violations
 	if len(req.GetReason()) > maxReason {
-		var v intake.Violations
 		v.Add("reason", "has %d bytes; at most %d are taken", len(req.GetReason()), maxReason)
-		return nil, v.Err()
+	}
+	v.Text("reason", req.GetReason())
+	if err := v.Err(); err != nil {
+		return nil, err
 	}
 	if err := o.visible(ctx, req.GetId()); err != nil {
 		return nil, err

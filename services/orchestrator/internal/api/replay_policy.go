@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 
+	"github.com/google/uuid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -31,6 +32,9 @@ func (i *Insight) ReplayPolicy(ctx context.Context, req *specqlv1.ReplayPolicyRe
 	var v intake.Violations
 	f := jobFilter(ctx, &v, req.GetFilter())
 	name(&v, "page_token", req.GetPageToken())
+	if token := req.GetPageToken(); token != "" && uuid.Validate(token) != nil {
+		v.Add("page_token", "is no next_page_token of an earlier answer")
+	}
 	limit := int(req.GetPageSize())
 	switch {
 	case limit < 0 || limit > maxReplayed:

@@ -27,6 +27,7 @@ func (o *Orchestrator) SignalRun(ctx context.Context, req *specqlv1.SignalRunReq
 			v.Add("payload", "is not JSON: %v", err)
 		}
 	}
+	v.Value("payload", req.GetPayload().AsInterface())
 	if len(payload) > engine.MaxPayload {
 		v.Add("payload", "has %d bytes; at most %d are taken", len(payload), engine.MaxPayload)
 	}

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -214,6 +215,10 @@ func (r *run) newJob(n *plan.Call, f *frame, key string, old *store.Job) (*store
 		job.Input = nil
 		return refuse(fault.New(fault.Validation, "the input is nested deeper than %d", MaxNesting))
 	}
+	if holdsNUL(job.Input) {
+		job.Input = nil
+		return refuse(fault.New(fault.Validation, "the input holds the character U+0000, which is not kept"))
+	}
 	if n.Operation.Input != nil {
 		if vs := n.Operation.Input.Validate(object); len(vs) > 0 {
 			e := fault.New(fault.Validation, "input: %s", vs[0].String())
@@ -227,6 +232,12 @@ func (r *run) newJob(n *plan.Call, f *frame, key string, old *store.Job) (*store
 		}
 	}
 	return job, nil
+}
+
+// holdsNUL says whether a text in JSON has a character that PostgreSQL does not hold.
+func holdsNUL(raw json.RawMessage) bool {
+	nul := []byte(`\u0000`)
+	return bytes.Contains(raw, nul) && bytes.Contains(bytes.ReplaceAll(raw, []byte(`\\`), nil), nul)
 }
 
 // unknown says whether an error leaves open if the call took effect.

@@ -175,6 +175,7 @@ func fillInput(req *Request, start *engine.StartRequest) error {
 	for _, p := range start.Plan.CheckInput(input) {
 		v.Add("input", "%s", p.String())
 	}
+	v.Value("input", input)
 	start.Input = input
 	return v.Err()
 }
