@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -66,11 +67,16 @@ func NewServer(c *Credentials, o ServerOptions) *Server {
 	closing, closeStreams := context.WithCancel(context.Background())
 	g := newGuard(closing, c != nil, o)
 	limit := cmp.Or(o.MaxMessageBytes, DefaultMaxMessageBytes)
+	s := &Server{
+		health: health.NewServer(), insecure: c == nil, drain: cmp.Or(o.DrainTimeout, defaultDrainTimeout), closing: closeStreams,
+	}
+	// Spans are begun before anybody knows who calls. Names of methods that are not there would be the caller's to make up.
+	methods := sync.OnceValue(s.methods)
 	options := []grpc.ServerOption{
 		grpc.ChainUnaryInterceptor(g.unary),
 		grpc.ChainStreamInterceptor(g.stream),
 		grpc.StatsHandler(otelgrpc.NewServerHandler(traced(o.TracerProvider,
-			otelgrpc.WithFilter(func(i *stats.RPCTagInfo) bool { return !aside(i.FullMethodName) }),
+			otelgrpc.WithFilter(func(i *stats.RPCTagInfo) bool { return !aside(i.FullMethodName) && methods()[i.FullMethodName] }),
 		)...)),
 		grpc.MaxRecvMsgSize(limit),
 		grpc.MaxSendMsgSize(limit),
@@ -86,17 +92,22 @@ func NewServer(c *Credentials, o ServerOptions) *Server {
 	if c != nil {
 		options = append(options, grpc.Creds(handshakes{credentials.NewTLS(c.serverTLS(o.OptionalClientCert)), g.log, &g.denials}))
 	}
-	s := &Server{
-		grpc:     grpc.NewServer(append(options, o.ServerOptions...)...),
-		health:   health.NewServer(),
-		insecure: c == nil,
-		drain:    cmp.Or(o.DrainTimeout, defaultDrainTimeout),
-		closing:  closeStreams,
-	}
+	s.grpc = grpc.NewServer(append(options, o.ServerOptions...)...)
 	s.health.SetServingStatus("", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 	grpc_health_v1.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
 	return s
+}
+
+// methods are the full names of all methods; none is added once it serves.
+func (s *Server) methods() map[string]bool {
+	all := map[string]bool{}
+	for service, info := range s.grpc.GetServiceInfo() {
+		for _, m := range info.Methods {
+			all["/"+service+"/"+m.Name] = true
+		}
+	}
+	return all
 }
 
 // RegisterService implements [grpc.ServiceRegistrar].
