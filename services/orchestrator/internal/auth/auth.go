@@ -126,6 +126,8 @@ func (c *Caller) Tenant() (string, error) {
 		return "", nil
 	case len(c.tenants) == 1:
 		return c.tenants[0], nil
+	case len(c.tenants) == 0:
+		return "", status.Errorf(codes.PermissionDenied, "%s belongs to no tenant", c.Subject)
 	}
 	return "", status.Error(codes.InvalidArgument, "the token is of several tenants: choose one (--tenant, SPECQL_TENANT or the metadata "+TenantKey+")")
 }

@@ -188,7 +188,7 @@ func TestTokensOfAnIssuer(t *testing.T) {
 	issuer := "http://" + address + "/oidc"
 	a, err := auth.New(auth.Options{Now: func() time.Time { return now }, OIDC: &auth.OIDC{
 		Issuer: issuer, Audience: "mesh", RolesClaim: "realm.roles",
-		Roles: map[string]string{"Mesh Admins": "admin", "devs": "operator"}, Tenants: map[string]string{"t1": "acme", "all": "*"},
+		Roles: map[string]string{"Mesh Admins": "admin", "devs": "operator"}, Tenants: map[string]string{"t1": "acme", "group of t1": "acme", "all": "*"},
 	}})
 	require.NoError(t, err, "an issuer that is down keeps nobody from starting")
 	claims := func(change map[string]any) jwt.MapClaims {
@@ -255,6 +255,13 @@ func TestTokensOfAnIssuer(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, auth.NoRole, c.Role)
 	require.Equal(t, []string{}, c.Tenants(), "a tenant that means nothing opens nothing")
+	_, err = c.Tenant()
+	require.Equal(t, codes.PermissionDenied, status.Code(err), "there is none to choose")
+	c, err = ask(sign(m, map[string]any{"tenant": []string{"t1", "group of t1", "t1"}}))
+	require.NoError(t, err)
+	tenant, err := c.Tenant()
+	require.NoError(t, err, "one tenant by several names")
+	require.Equal(t, "acme", tenant)
 
 	// An issuer that is down: what was signed with known keys is taken, and with its new keys when it is back.
 	require.NoError(t, m.Shutdown())

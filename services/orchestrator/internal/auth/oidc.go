@@ -185,7 +185,7 @@ func (i *issuer) verify(ctx context.Context, token string, sum [sha256.Size]byte
 		case name == AllTenants:
 			c.all = true
 		case CheckTenant(name) == nil && len(c.tenants) < maxTenants:
-			c.tenants = append(c.tenants, name)
+			c.belong(name)
 		}
 	}
 	// A claim whose values mean nothing gives nothing.

@@ -258,8 +258,15 @@ func (c *Caller) add(value *yaml.Node) error {
 	if value.Kind != yaml.ScalarNode || CheckTenant(value.Value) != nil {
 		return errors.New("a tenant has up to 128 letters, digits and . _ : @ -, with a letter or digit first; '*' is all")
 	}
-	c.tenants = append(c.tenants, value.Value)
+	c.belong(value.Value)
 	return nil
+}
+
+// belong makes the caller one of a tenant, once: who is of several has to choose.
+func (c *Caller) belong(tenant string) {
+	if !slices.Contains(c.tenants, tenant) {
+		c.tenants = append(c.tenants, tenant)
+	}
 }
 
 // belongs says what a caller sees for whom no tenant is named: an admin all, others what
