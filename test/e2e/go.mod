@@ -8,8 +8,11 @@ require github.com/specql/mesh/gen v0.0.0
 
 replace github.com/specql/mesh/pkg => ../../pkg
 
+replace github.com/specql/mesh/test/pgtest => ../pgtest
+
 require (
 	github.com/specql/mesh/pkg v0.0.0
+	github.com/specql/mesh/test/pgtest v0.0.0
 	github.com/stretchr/testify v1.12.1
 	go.opentelemetry.io/otel v1.47.0
 	go.opentelemetry.io/otel/trace v1.47.0

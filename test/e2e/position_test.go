@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -39,16 +40,16 @@ import (
 	"github.com/specql/mesh/pkg/runner/runnertest"
 )
 
-// runnerPrograms builds the runners once for all tests and gives the folder that they are in.
-var runnerPrograms = sync.OnceValues(func() (string, error) {
+// servicePrograms builds services once for all tests and gives the folder that they are in.
+var servicePrograms = sync.OnceValues(func() (string, error) {
 	dir, err := filepath.Abs(filepath.Join(root, ".cache", "bin"))
 	if err != nil {
 		return "", err
 	}
-	cmd := exec.Command("go", "build", "-o", dir+string(filepath.Separator), "./services/http-runner", "./services/shell-runner")
+	cmd := exec.Command("go", "build", "-o", dir+string(filepath.Separator), "./services/http-runner", "./services/shell-runner", "./services/orchestrator")
 	cmd.Dir = root
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build the runners: %w\n%s", err, out)
+		return "", fmt.Errorf("build the services: %w\n%s", err, out)
 	}
 	return dir, nil
 })
@@ -74,7 +75,7 @@ func newZone(t *testing.T) *zone {
 	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	require.NoError(t, err)
 	z.key = parsed.(*ecdsa.PrivateKey)
-	for _, role := range []string{"http-runner", "shell-runner"} {
+	for _, role := range []string{"http-runner", "shell-runner", "orchestrator", "client"} {
 		issued, err := authority.Issue(role)
 		require.NoError(t, err)
 		cert, key, _ := issued.PEM()
@@ -109,46 +110,66 @@ func signed(t *testing.T, c, parent *x509.Certificate, by *ecdsa.PrivateKey) tls
 // startRunner runs a runner with a ceiling until the end of the test and gives its address.
 func (z *zone) startRunner(t *testing.T, name, ceiling string, env ...string) string {
 	t.Helper()
-	dir, err := runnerPrograms()
-	require.NoError(t, err)
 	policy := filepath.Join(t.TempDir(), "policy.yaml")
 	require.NoError(t, os.WriteFile(policy, []byte(ceiling), 0o600))
-	cmd := exec.Command(filepath.Join(dir, name), "--listen", "127.0.0.1:0", "--policy", policy, "--log-format", "json",
-		"--tls-cert", filepath.Join(z.dir, name+".crt"), "--tls-key", filepath.Join(z.dir, name+".key"), "--tls-ca", filepath.Join(z.dir, "ca.crt"))
-	cmd.Env = environment(env...)
-	stderr, err := cmd.StderrPipe()
+	return z.startService(t, name, env, "--policy", policy).address
+}
+
+// service is one that runs in a process of its own.
+type service struct {
+	address string
+	cmd     *exec.Cmd
+	log     *lockedBuffer
+	ended   chan struct{}
+}
+
+// stop ends the service and waits until it is gone.
+func (s *service) stop() {
+	_ = s.cmd.Process.Signal(syscall.SIGTERM)
+	<-s.ended
+}
+
+// startService runs a service with its certificate until the end of the test.
+func (z *zone) startService(t *testing.T, name string, env []string, args ...string) *service {
+	t.Helper()
+	dir, err := servicePrograms()
 	require.NoError(t, err)
-	require.NoError(t, cmd.Start())
-	log, ready, ended := &lockedBuffer{}, make(chan string, 1), make(chan struct{})
+	s := &service{log: &lockedBuffer{}, ended: make(chan struct{}), cmd: exec.Command(filepath.Join(dir, name), append([]string{
+		"--listen", "127.0.0.1:0", "--log-format", "json",
+		"--tls-cert", filepath.Join(z.dir, name+".crt"), "--tls-key", filepath.Join(z.dir, name+".key"), "--tls-ca", filepath.Join(z.dir, "ca.crt"),
+	}, args...)...)}
+	s.cmd.Env = environment(env...)
+	stderr, err := s.cmd.StderrPipe()
+	require.NoError(t, err)
+	require.NoError(t, s.cmd.Start())
+	ready := make(chan string, 1)
 	go func() {
-		defer close(ended)
-		s := bufio.NewScanner(stderr)
-		s.Buffer(nil, 1<<20)
-		for s.Scan() {
-			_, _ = fmt.Fprintf(log, "%s\n", s.Bytes())
-			var entry struct{ Msg, Address string }
-			if json.Unmarshal(s.Bytes(), &entry) == nil && entry.Msg == "ready" {
-				ready <- entry.Address
+		defer close(s.ended)
+		scan := bufio.NewScanner(stderr)
+		scan.Buffer(nil, 1<<20)
+		for scan.Scan() {
+			_, _ = fmt.Fprintf(s.log, "%s\n", scan.Bytes())
+			var entry struct{ Msg, Address, API string }
+			if json.Unmarshal(scan.Bytes(), &entry) == nil && entry.Msg == "ready" {
+				ready <- cmp.Or(entry.Address, entry.API)
 			}
 		}
-		_ = cmd.Wait()
+		_ = s.cmd.Wait()
 	}()
 	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		<-ended
+		s.stop()
 		if t.Failed() {
-			t.Logf("%s:\n%s", name, log)
+			t.Logf("%s:\n%s", name, s.log)
 		}
 	})
 	select {
-	case address := <-ready:
-		return address
-	case <-ended:
-		require.Fail(t, name+" ended", "%s", log)
+	case s.address = <-ready:
+	case <-s.ended:
+		require.Fail(t, name+" ended", "%s", s.log)
 	case <-time.After(time.Minute):
 		require.Fail(t, name+" is not ready after a minute")
 	}
-	return ""
+	return s
 }
 
 // call connects as an attacker does: who the server is is not looked at.
