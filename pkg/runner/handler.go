@@ -727,6 +727,10 @@ var (
 	errLapsed = errors.New("the lease lapsed")
 )
 
+// HandedBack tells whether a job was ended to be begun again elsewhere, by a runner that shuts down. What the
+// work left outside of the process may go on then, for the runner that begins it again to go on with.
+func HandedBack(ctx context.Context) bool { return errors.Is(context.Cause(ctx), errHandedBack) }
+
 // Drain takes no new jobs and waits for the running ones. When ctx ends first they are
 // cancelled as UNAVAILABLE, so that they are tried elsewhere, and Drain waits for their end.
 func (h *Handler) Drain(ctx context.Context) {

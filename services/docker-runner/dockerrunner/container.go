@@ -17,6 +17,7 @@ import (
 	"go.opentelemetry.io/otel/propagation"
 
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/runner"
 )
 
 const (
@@ -51,18 +52,18 @@ func bytesOf(mb float64) int64 {
 
 // environment is the whole environment besides what the image brings: nothing of the
 // runner's own gets in.
-func (a *attempt) environment(ctx context.Context) []string {
-	env := make([]string, 0, len(a.cfg.Environment)+8)
-	for _, name := range slices.Sorted(maps.Keys(a.cfg.Environment)) {
-		env = append(env, name+"="+string(a.cfg.Environment[name]))
+func environment(ctx context.Context, cfg *Config, job *runner.Job, input []byte) []string {
+	env := make([]string, 0, len(cfg.Environment)+8)
+	for _, name := range slices.Sorted(maps.Keys(cfg.Environment)) {
+		env = append(env, name+"="+string(cfg.Environment[name]))
 	}
 	env = append(env,
-		"SPECQL_IDEMPOTENCY_KEY="+withoutNUL(a.job.IdempotencyKey),
-		"SPECQL_JOB_ID="+withoutNUL(a.job.ID),
-		"SPECQL_RUN_ID="+withoutNUL(a.job.RunID),
+		"SPECQL_IDEMPOTENCY_KEY="+withoutNUL(job.IdempotencyKey),
+		"SPECQL_JOB_ID="+withoutNUL(job.ID),
+		"SPECQL_RUN_ID="+withoutNUL(job.RunID),
 	)
-	if len(a.input) <= maxInputVariable {
-		env = append(env, "SPECQL_INPUT="+string(a.input))
+	if len(input) <= maxInputVariable {
+		env = append(env, "SPECQL_INPUT="+string(input))
 	} else {
 		env = append(env, "SPECQL_INPUT_TOO_LARGE=1")
 	}
@@ -78,21 +79,13 @@ func withoutNUL(s string) string { return strings.ReplaceAll(s, "\x00", "") }
 
 // spec makes the container's description.
 func (a *attempt) spec(ctx context.Context, e *engine, img image, mounts []hostMount) (client.ContainerCreateOptions, error) {
-	args := a.cfg.Command
-	if a.op.Command != nil {
-		args = a.op.Command
-	}
-	written := args
-	args, err := fillArguments(args, a.input)
-	if err != nil {
-		return client.ContainerCreateOptions{}, err
-	}
 	entrypoint := a.cfg.Entrypoint
 	if len(entrypoint) == 0 {
 		entrypoint = img.entrypoint
 	}
-	if at := inputInCode(entrypoint, written, args); len(at) > 0 {
-		return client.ContainerCreateOptions{}, fault.New(fault.Validation, "command[%d]: %s; %s", at[0], inputInCodeText, inputInCodeMend)
+	_, args, err := a.prepared.arguments(entrypoint)
+	if err != nil {
+		return client.ContainerCreateOptions{}, err
 	}
 	if len(args)+len(a.cfg.Entrypoint) == 0 && !img.runs {
 		return client.ContainerCreateOptions{}, fault.New(fault.Validation, "the image %s names no program; give runner_config.command", a.name)
@@ -114,7 +107,7 @@ func (a *attempt) spec(ctx context.Context, e *engine, img image, mounts []hostM
 		AttachStderr: true,
 		OpenStdin:    true,
 		StdinOnce:    true,
-		Env:          a.environment(ctx),
+		Env:          a.prepared.Environment(ctx),
 		Cmd:          args,
 		Entrypoint:   a.cfg.Entrypoint,
 		Image:        img.id,
@@ -195,6 +188,25 @@ func (a *attempt) mounts(volumes []hostMount) []mount.Mount {
 // tmpfs are the in-memory directories: those of the service, /tmp where the root cannot be
 // written, and the image's own volumes, which would else be unbounded directories of the host.
 func (a *attempt) tmpfs(img image, volumes []hostMount) (map[string]string, error) {
+	list, err := a.directories(img, volumes)
+	if err != nil {
+		return nil, err
+	}
+	mounts := make(map[string]string, len(list))
+	for _, t := range list {
+		options := fmt.Sprintf("rw,nosuid,nodev,size=%d,mode=1777", t.bytes)
+		if !t.exec {
+			options += ",noexec"
+		} else {
+			options += ",exec"
+		}
+		mounts[path.Clean(t.target)] = options
+	}
+	return mounts, nil
+}
+
+// directories are the in-memory directories, each with its bound.
+func (a *attempt) directories(img image, volumes []hostMount) ([]tmpfs, error) {
 	taken := map[string]bool{outputMount: true}
 	for _, v := range volumes {
 		taken[v.target] = true
@@ -223,8 +235,8 @@ func (a *attempt) tmpfs(img image, volumes []hostMount) (map[string]string, erro
 		list, taken[target] = append(list, tmpfs{target: target, bytes: defaultTmpfs}), true
 	}
 	budget := bytesOf(a.limits.DiskMB)
-	mounts := make(map[string]string, len(list))
-	for i, t := range list {
+	for i := range list {
+		t := &list[i]
 		if budget > 0 {
 			// disk_mb is for all of them; those that follow keep their least.
 			room := budget - int64(len(list)-i-1)*minTmpfs
@@ -234,15 +246,8 @@ func (a *attempt) tmpfs(img image, volumes []hostMount) (map[string]string, erro
 			t.bytes = max(min(t.bytes, room), minTmpfs)
 			budget = max(budget-t.bytes, minTmpfs)
 		}
-		options := fmt.Sprintf("rw,nosuid,nodev,size=%d,mode=1777", t.bytes)
-		if !t.exec {
-			options += ",noexec"
-		} else {
-			options += ",exec"
-		}
-		mounts[path.Clean(t.target)] = options
 	}
-	return mounts, nil
+	return list, nil
 }
 
 // imageVolumes refuses what an image declares as volumes where no bounded directory can take

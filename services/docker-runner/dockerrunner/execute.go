@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"path"
 	"strings"
 	"time"
 
@@ -34,6 +33,7 @@ type attempt struct {
 	r        *Runner
 	job      *runner.Job
 	sink     runner.Sink
+	prepared *Prepared
 	input    json.RawMessage
 	cfg      Config
 	op       Operation
@@ -59,10 +59,7 @@ type attempt struct {
 // Execute implements [runner.JobRunner].
 func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink) (*runner.Result, error) {
 	began := time.Now()
-	a := &attempt{r: r, job: job, sink: sink, checks: &runner.Checks{}, input: job.Input, meter: meter{oom: make(chan struct{})}}
-	if len(bytes.TrimSpace(a.input)) == 0 {
-		a.input = json.RawMessage("{}")
-	}
+	a := &attempt{r: r, job: job, sink: sink, checks: &runner.Checks{}, meter: meter{oom: make(chan struct{})}}
 	result := &runner.Result{}
 	result.Output, result.Err = a.run(ctx)
 	result.Usage = a.usage()
@@ -87,7 +84,7 @@ func (a *attempt) run(ctx context.Context) (json.RawMessage, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := a.bound(ctx)
+	ctx, cancel := a.prepared.Bound(ctx)
 	defer cancel()
 	output, err := a.runBounded(ctx)
 	if err != nil && ctx.Err() != nil {
@@ -108,52 +105,10 @@ func (e *leftError) Unwrap() error { return e.err }
 
 // configure reads the configuration and checks what can be checked without an engine.
 func (a *attempt) configure() error {
-	var err error
-	if a.cfg, err = runner.Decode[Config](a.job.Service.Config); err != nil {
-		return at("runner_config", err)
-	}
-	if a.op, err = runner.Decode[Operation](a.job.Operation.Config); err != nil {
-		return at("operation "+a.job.Operation.Name, err)
-	}
-	policy, err := runner.Decode[Policy](a.job.Service.Policy)
-	if err != nil {
-		return at("security_policy", err)
-	}
-	denied := a.r.denied()
-	a.policies = newPolicies(policy, a.r.ceiling, denied, a.checks)
-	a.limits = a.policies.limits()
-	if a.name, err = parseImage(a.cfg.Image); err != nil {
-		return fault.New(fault.Validation, "runner_config.image: %q is not an image: %v", clip(a.cfg.Image), err)
-	}
-	// What a policy forbids is to be told as that, not as a mistake.
-	if err := a.policies.imageName(a.name); err != nil {
-		return err
-	}
+	p, err := prepare(a.job, a.r.ceiling, a.r.denied(), a.checks)
+	a.prepared, a.cfg, a.op, a.limits, a.name, a.policies, a.input = p, p.Config, p.Operation, p.Limits, p.name, p.policies, p.Input
 	a.network = a.cfg.network()
-	if err := a.policies.network(a.network); err != nil {
-		return err
-	}
-	for _, v := range a.cfg.Volumes {
-		if why := denied.why(path.Clean(v.HostPath)); why != "" {
-			return a.checks.Deny("volumes", v.HostPath, "it must never be mounted: "+why)
-		}
-	}
-	if auth := a.cfg.RegistryAuth; auth != nil {
-		for _, name := range []string{auth.UsernameEnvVar, auth.PasswordEnvVar} {
-			if err := a.policies.envVar(name); err != nil {
-				return err
-			}
-		}
-	}
-	for _, p := range append(a.cfg.check(denied), policy.check(denied)...) {
-		if !p.Warning {
-			return fault.New(fault.Validation, "%s: %s; %s", p.Path, p.Message, p.Mend)
-		}
-	}
-	for _, p := range a.op.check(&a.cfg) {
-		return fault.New(fault.Validation, "operation %s: %s: %s; %s", a.job.Operation.Name, p.Path, p.Message, p.Mend)
-	}
-	return nil
+	return err
 }
 
 // at says where an error of the configuration is.
@@ -161,18 +116,6 @@ func at(place string, err error) error {
 	f := *fault.From(err)
 	f.Message = place + ": " + f.Message
 	return &f
-}
-
-// bound holds the job to the policies' time, and to the service's where the job brings none.
-func (a *attempt) bound(ctx context.Context) (context.Context, context.CancelFunc) {
-	limit, what := a.limits.timeout(), "resource_limits.timeout_seconds"
-	if own := seconds(a.cfg.Timeout); own > 0 && a.job.Timeout == 0 && (limit == 0 || own < limit) {
-		limit, what = own, "runner_config.timeout"
-	}
-	if limit <= 0 {
-		return context.WithCancel(ctx)
-	}
-	return context.WithTimeoutCause(ctx, limit, fault.New(fault.Timeout, "the attempt took longer than its %s of %s", what, limit))
 }
 
 func (a *attempt) runBounded(ctx context.Context) (json.RawMessage, error) {
@@ -584,55 +527,16 @@ func (a *attempt) sample(ctx context.Context, cli *client.Client, id string) <-c
 	return done
 }
 
-// raising are the changes that raise the limit of memory that holds.
-func (a *attempt) raising() []*runnerv1.PolicyChange {
-	limit := a.limits.MemoryMB
-	if limit <= 0 {
-		return nil
-	}
-	return a.policies.changing(func(policy *Policy, ceiling bool) *runnerv1.PolicyChange {
-		if policy.ResourceLimits == nil || policy.ResourceLimits.MemoryMB != limit {
-			return nil
-		}
-		return runner.RaiseAbove(ceiling, "resource_limits.memory_mb", limit)
-	})
-}
-
 // verdict says why a container that ended by itself failed; nil where it did not.
 func (a *attempt) verdict(state *container.State, stderr *tail) error {
 	u, kills, _ := a.meter.usage()
 	oom := state.OOMKilled || kills > 0
 	a.oomKilled = &oom
-	if oom { // whatever the status: a parent may not notice that its child is gone
-		text := "the kernel ended the container for its memory"
-		if state.ExitCode == 0 {
-			text = "the kernel ended a process of the container for its memory"
-		}
-		if a.limits.MemoryMB > 0 {
-			text += fmt.Sprintf(": its limit is %g MiB", a.limits.MemoryMB)
-		}
-		if u.PeakMemoryMb != nil {
-			text += fmt.Sprintf(", its peak was %.1f MiB", u.GetPeakMemoryMb())
-		}
-		err := fault.New(fault.ResourceExceeded, "%s; raise resource_limits.memory_mb, or use less", text)
-		_ = a.checks.Deny("resource_limits.memory_mb", fmt.Sprintf("more than %g MiB", a.limits.MemoryMB), err.Message, a.raising()...)
-		return err
-	}
-	if state.ExitCode == 0 {
-		return nil
-	}
-	if a.meter.refusedProcesses() {
+	if !oom && state.ExitCode != 0 && a.meter.refusedProcesses() {
 		return fault.New(fault.ResourceExceeded, "the container needed more processes than its limit of %d, and exited with status %d: %s; raise resource_limits.processes",
 			a.limits.Processes, state.ExitCode, strings.TrimSpace(stderr.last(errorTail)))
 	}
-	text := fmt.Sprintf("the container exited with status %d", state.ExitCode)
-	if signal := state.ExitCode - 128; signal > 0 && signal < 65 {
-		text += fmt.Sprintf(" (signal %d)", signal)
-	}
-	if end := strings.TrimSpace(stderr.last(errorTail)); end != "" {
-		text += ": " + end
-	}
-	return fault.New(fault.RemoteError, "%s", text)
+	return a.prepared.Verdict(state.ExitCode, oom, u.PeakMemoryMb, strings.TrimSpace(stderr.last(errorTail)))
 }
 
 // startFault tells a program that cannot be started from an engine that cannot start one.

@@ -696,8 +696,8 @@ func TestCPULimit(t *testing.T) {
 
 func TestTraceContextIsPassedOn(t *testing.T) {
 	span := trace.NewSpanContext(trace.SpanContextConfig{TraceID: trace.TraceID{1}, SpanID: trace.SpanID{2}, TraceFlags: trace.FlagsSampled})
-	a := &attempt{job: &runner.Job{}}
-	require.Contains(t, a.environment(trace.ContextWithSpanContext(t.Context(), span)), "TRACEPARENT=00-01000000000000000000000000000000-0200000000000000-01")
+	p := &Prepared{job: &runner.Job{}}
+	require.Contains(t, p.Environment(trace.ContextWithSpanContext(t.Context(), span)), "TRACEPARENT=00-01000000000000000000000000000000-0200000000000000-01")
 }
 
 func BenchmarkJob(b *testing.B) {

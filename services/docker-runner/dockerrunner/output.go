@@ -210,9 +210,13 @@ func readBounded(r io.Reader) ([]byte, error) {
 		return nil, fault.Wrap(err, fault.Unavailable, "read %s/%s: %s", outputMount, outputFile, clip(err.Error()))
 	}
 	if len(data) > maxOutput {
-		return nil, fault.New(fault.ResourceExceeded, "%s/%s is larger than the %d MiB that an output may have; write large results to a volume and give their place", outputMount, outputFile, maxOutput>>20)
+		return nil, tooLarge()
 	}
 	return data, nil
+}
+
+func tooLarge() error {
+	return fault.New(fault.ResourceExceeded, "%s/%s is larger than the %d MiB that an output may have; write large results to a volume and give their place", outputMount, outputFile, maxOutput>>20)
 }
 
 // fileOutput makes the output of output.json.

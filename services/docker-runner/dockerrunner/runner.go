@@ -104,13 +104,9 @@ func New(o Options) (*Runner, error) {
 		_ = cli.Close()
 		return nil, err
 	}
-	if o.Ceiling != nil {
-		for _, p := range o.Ceiling.check(private) {
-			if !p.Warning {
-				_ = cli.Close()
-				return nil, fmt.Errorf("the runner's policy: %s: %s", p.Path, p.Message)
-			}
-		}
+	if err := checkCeiling(o.Ceiling, private); err != nil {
+		_ = cli.Close()
+		return nil, err
 	}
 	who, err := newOwner()
 	if err != nil {
@@ -188,13 +184,8 @@ func (r *Runner) Ping(ctx context.Context) error {
 // Describe implements [runner.JobRunner].
 func (r *Runner) Describe(ctx context.Context) (*runner.Description, error) {
 	return &runner.Description{
-		Name: "docker-runner",
-		Types: []runner.Type{{
-			Name:            ExecutionType,
-			ConfigSchema:    schemas().config,
-			PolicySchema:    schemas().policy,
-			OperationSchema: schemas().operation,
-		}},
+		Name:      "docker-runner",
+		Types:     []runner.Type{DescribeType()},
 		Isolation: r.features(ctx),
 	}, nil
 }
@@ -211,18 +202,7 @@ var schemas = sync.OnceValue(func() schemaSet {
 
 // Validate implements [runner.JobRunner]. It needs no engine.
 func (r *Runner) Validate(_ context.Context, s *runner.Service) ([]runner.Problem, error) {
-	found := runner.CheckService[Config, Operation, Policy](s)
-	cfg, policy := runner.Lenient[Config](s.Config), runner.Lenient[Policy](s.Policy)
-	denied := r.denied()
-	later := append(cfg.check(denied), policy.check(denied)...)
-	for _, op := range s.Operations {
-		o := runner.Lenient[Operation](op.Config)
-		for _, p := range o.check(&cfg) {
-			p.Path = "operations." + op.Name + "." + p.Path
-			later = append(later, p)
-		}
-	}
-	return runner.AppendProblems(found, append(later, r.foresee(&cfg, &policy)...)...), nil
+	return checkService(s, r.ceiling, r.denied()), nil
 }
 
 // denied are the paths of this host that no container gets. What belongs to the engine is
@@ -236,14 +216,14 @@ func (r *Runner) denied() deniedPaths {
 }
 
 // foresee warns of what the policies would forbid at run time, as far as names tell.
-func (r *Runner) foresee(cfg *Config, policy *Policy) []runner.Problem {
+func foresee(cfg *Config, policy, ceiling *Policy, denied deniedPaths) []runner.Problem {
 	var found []runner.Problem
 	warn := func(path, mend string, err error) {
 		if f, ok := fault.As(err); ok && f.Code == fault.PolicyViolation {
 			found = append(found, runner.Problem{Path: path, Message: f.Message, Mend: mend, Warning: true})
 		}
 	}
-	p := newPolicies(*policy, r.ceiling, r.denied(), &runner.Checks{})
+	p := newPolicies(*policy, ceiling, denied, &runner.Checks{})
 	if name, err := parseImage(cfg.Image); err == nil && cfg.Image != "" {
 		warn("runner_config.image", fmt.Sprintf("add %q to security_policy.allowed_images", cfg.Image), p.imageName(name))
 	}
@@ -251,7 +231,7 @@ func (r *Runner) foresee(cfg *Config, policy *Policy) []runner.Problem {
 		warn("runner_config.network_mode", fmt.Sprintf("add %q to security_policy.allowed_networks", cfg.network()), p.network(cfg.network()))
 	}
 	for i, v := range cfg.Volumes {
-		if r.denied().why(path.Clean(v.HostPath)) != "" || !path.IsAbs(v.HostPath) {
+		if denied.why(path.Clean(v.HostPath)) != "" || !path.IsAbs(v.HostPath) {
 			continue // an error, not a warning
 		}
 		if _, err := p.volume(v, byName); err != nil {

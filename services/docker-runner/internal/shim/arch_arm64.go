@@ -1,0 +1,5 @@
+package shim
+
+import "golang.org/x/sys/unix"
+
+const architecture = unix.AUDIT_ARCH_AARCH64
