@@ -184,7 +184,7 @@ fuzz: ## Fuzz every parser and every RPC for FUZZTIME each, FUZZPARALLEL workers
 	@for file in $$(git grep -l '^func Fuzz' -- '*_test.go'); do dirname ./$$file; done | sort -u | while read -r pkg; do \
 		for target in $$(go test -list '^Fuzz' $$pkg | grep '^Fuzz' | grep -E '$(or $(FUZZ),.)'); do \
 			echo "$$pkg $$target"; \
-			go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -parallel $(FUZZPARALLEL) $$pkg </dev/null || exit 1; \
+			go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 5s -parallel $(FUZZPARALLEL) $$pkg </dev/null || exit 1; \
 		done; \
 	done
 

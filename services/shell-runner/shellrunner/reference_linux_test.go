@@ -16,12 +16,12 @@ import (
 )
 
 func FuzzArgument(f *testing.F) {
-	for _, seed := range []string{"$input", "$input.a", "$input.a.b[0].c", "a$input.a-b", "$$input", "$inputs", "$input.", "$input[", "$input[0", "$input..a", "$", "", "$input.a[99999999999999]", "é$input.ü"} {
+	for _, seed := range []string{"$input", "$input.a", "$input.a.b[0].c", "a$input.a-b", "$$input", "$inputs", "$input.", "$input[", "$input[0", "$input..a", "$", "", "$input.a[99999999999999]", "é$input.ü", "$input\x00"} {
 		f.Add(seed, `{"a":{"b":[{"c":"x"}]}}`)
 	}
 	f.Fuzz(func(t *testing.T, arg, input string) {
 		pieces, err := parseArgument(arg)
-		if err != nil {
+		if err != nil || strings.ContainsRune(arg, 0) { // Validate refuses that one
 			return
 		}
 		// Nothing of the argument is lost: the pieces are the argument, but for doubled dollars.
@@ -33,7 +33,7 @@ func FuzzArgument(f *testing.F) {
 		if v, err := decodeInput(json.RawMessage(input)); err == nil {
 			out, err := fill(arg, v)
 			if err == nil {
-				require.NotContains(t, strings.ReplaceAll(out, arg, ""), "\x00")
+				require.NotContains(t, out, "\x00")
 			}
 		}
 	})
