@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -353,6 +354,13 @@ func TestBadRequestsNameTheirFields(t *testing.T) {
 		require.NoError(t, err)
 		_, err = stream.Recv()
 		require.Contains(t, []codes.Code{codes.InvalidArgument, codes.NotFound}, status.Code(err))
+	}
+	// A list of millions would be the database's to look through.
+	for _, statuses := range [][]specqlv1.Status{{99}, {specqlv1.Status_STATUS_UNSPECIFIED}, make([]specqlv1.Status, 1000), slices.Repeat([]specqlv1.Status{specqlv1.Status_STATUS_FAILED}, 1000)} {
+		_, err := s.o.ListRuns(t.Context(), &specqlv1.ListRunsRequest{Statuses: statuses})
+		require.Equal(t, codes.InvalidArgument, status.Code(err))
+		require.Len(t, fault.FromError(err).Violations, 1)
+		require.Equal(t, "statuses", fault.FromError(err).Violations[0].Field)
 	}
 	require.Zero(t, s.runner.count())
 }

@@ -14,6 +14,8 @@ import (
 const (
 	defaultPage = 50
 	maxPage     = 1000
+	// maxStatuses is more than there are.
+	maxStatuses = 16
 )
 
 // ListRuns implements OrchestratorService.
@@ -33,6 +35,10 @@ func (o *Orchestrator) ListRuns(ctx context.Context, req *specqlv1.ListRunsReque
 		size = defaultPage
 	}
 	filter := store.RunFilter{Tenants: auth.From(ctx).Tenants(), Entity: req.GetEntity(), Action: req.GetAction(), Before: req.GetPageToken(), Limit: min(size, maxPage)}
+	if n := len(req.GetStatuses()); n > maxStatuses {
+		v.Add("statuses", "are %d; at most %d are taken", n, maxStatuses)
+		return nil, v.Err()
+	}
 	for _, s := range req.GetStatuses() {
 		status, ok := statusOf(s)
 		if !ok {
