@@ -7,14 +7,12 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
-	"google.golang.org/grpc/status"
 
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/telemetry"
@@ -35,7 +33,7 @@ type guard struct {
 	log      *slog.Logger
 	roles    []string // nil: any
 	mayCall  func(method, role string) bool
-	denials  denials
+	denials  *Denials
 	calls    *prometheus.CounterVec
 	duration *prometheus.HistogramVec
 }
@@ -44,6 +42,7 @@ func newGuard(closing context.Context, tls bool, o ServerOptions) *guard {
 	g := &guard{
 		closing: closing,
 		log:     telemetry.OrDiscard(o.Logger),
+		denials: NewDenials(o.Logger, o.Registerer),
 		calls: telemetry.Registered(o.Registerer, prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "specql_grpc_calls_total", Help: "gRPC calls answered, by method and status code.",
 		}, []string{"method", "code"})),
@@ -104,15 +103,15 @@ func (g *guard) admit(ctx context.Context, method string) error {
 		if g.mayCall(method, role) {
 			return nil
 		}
-		return status.Errorf(codes.PermissionDenied, "a certificate of the role %q may not call this method", role)
+		return &Denial{Code: codes.PermissionDenied, Rule: RuleCertificate, Message: fmt.Sprintf("a certificate of the role %q may not call this method", role)}
 	}
 	if slices.Contains(g.roles, role) {
 		return nil
 	}
 	if role == "" {
-		return status.Error(codes.Unauthenticated, "the caller's certificate says no role; a role is a URI such as "+rolePrefix+g.roles[0])
+		return &Denial{Code: codes.Unauthenticated, Rule: RuleCertificate, Message: "the caller's certificate says no role; a role is a URI such as " + rolePrefix + g.roles[0]}
 	}
-	return status.Errorf(codes.PermissionDenied, "%s may not call this service, only %s may", role, strings.Join(g.roles, ", "))
+	return &Denial{Code: codes.PermissionDenied, Rule: RuleCertificate, Message: fmt.Sprintf("%s may not call this service, only %s may", role, strings.Join(g.roles, ", "))}
 }
 
 // protect keeps a panic inside the call.
@@ -138,14 +137,11 @@ func (g *guard) end(ctx context.Context, method string, start time.Time, err err
 	case codes.Internal, codes.Unknown, codes.DataLoss, codes.Unimplemented:
 		level = slog.LevelError
 	case codes.PermissionDenied, codes.Unauthenticated:
-		level = slog.LevelWarn
-	}
-	if level == slog.LevelWarn {
-		if omitted, tell := g.denials.tell(start); !tell {
-			level = slog.LevelDebug
-		} else if omitted > 0 {
-			g.log.LogAttrs(ctx, level, "more calls were refused than are logged", slog.Int("omitted", omitted))
+		remote := ""
+		if p, ok := peer.FromContext(ctx); ok && p.Addr != nil {
+			remote = p.Addr.String()
 		}
+		g.denials.Tell(ctx, method, remote, PeerRole(ctx), err)
 	}
 	if g.log.Enabled(ctx, level) {
 		attrs := []slog.Attr{
@@ -161,31 +157,6 @@ func (g *guard) end(ctx context.Context, method string, start time.Time, err err
 		g.log.LogAttrs(ctx, level, "call", attrs...)
 	}
 	return st.Err()
-}
-
-// Refused callers are logged this often in a while, so that nobody fills a disk by calling.
-const (
-	denialWindow = 10 * time.Second
-	maxDenials   = 50
-)
-
-// denials counts what was refused.
-type denials struct {
-	mu    sync.Mutex
-	since time.Time
-	n     int
-}
-
-// tell says whether a refusal is to be logged, and how many were not in the window before.
-func (d *denials) tell(now time.Time) (omitted int, tell bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if now.Sub(d.since) >= denialWindow {
-		omitted = max(0, d.n-maxDenials)
-		d.since, d.n = now, 0
-	}
-	d.n++
-	return omitted, d.n <= maxDenials
 }
 
 // cause is the text of an error with the cause that is kept from the wire.

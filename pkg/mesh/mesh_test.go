@@ -1,8 +1,10 @@
 package mesh_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -174,6 +176,36 @@ func TestRefusedCallersAreLogged(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		require.Fail(t, "nothing was logged")
 	}
+}
+
+// A flood of refused callers is counted, and written down in part; it hides no refusal by another rule.
+func TestAFloodOfRefusalsIsCounted(t *testing.T) {
+	t.Parallel()
+	log, registry := &bytes.Buffer{}, prometheus.NewRegistry()
+	d := mesh.NewDenials(telemetry.NewLogger(log, "info", "text"), registry)
+	const flood = 1000
+	for range flood {
+		require.True(t, d.Tell(t.Context(), "m", "192.0.2.1:1", "", &mesh.Denial{Code: codes.Unauthenticated, Rule: mesh.RuleToken, Message: "no"}))
+	}
+	require.True(t, d.Tell(t.Context(), "m", "192.0.2.1:1", "client", fmt.Errorf("wrapped: %w", &mesh.Denial{Code: codes.PermissionDenied, Rule: mesh.RuleRole, Subject: "vic", Message: "no"})))
+	require.True(t, d.Tell(t.Context(), "m", "", "", status.Error(codes.PermissionDenied, "no")))
+	require.False(t, d.Tell(t.Context(), "m", "", "", status.Error(codes.NotFound, "no")))
+	require.False(t, d.Tell(t.Context(), "m", "", "", nil))
+	text := log.String()
+	require.Less(t, strings.Count(text, "rule=token "), flood/2)
+	require.Contains(t, text, "rule=role method=m remote=192.0.2.1:1 code=PermissionDenied subject=vic caller=client error=no")
+	require.Contains(t, text, "rule=other")
+	families, err := registry.Gather()
+	require.NoError(t, err)
+	counts := map[string]float64{}
+	for _, m := range families[0].GetMetric() {
+		for _, l := range m.GetLabel() {
+			if l.GetName() == "rule" {
+				counts[l.GetValue()] = m.GetCounter().GetValue()
+			}
+		}
+	}
+	require.Equal(t, map[string]float64{"token": flood, "role": 1, "other": 1}, counts)
 }
 
 // lines passes on what is written, and drops what nobody reads.

@@ -90,7 +90,7 @@ func NewServer(c *Credentials, o ServerOptions) *Server {
 		}),
 	}
 	if c != nil {
-		options = append(options, grpc.Creds(handshakes{credentials.NewTLS(c.serverTLS(o.OptionalClientCert)), g.log, &g.denials}))
+		options = append(options, grpc.Creds(handshakes{credentials.NewTLS(c.serverTLS(o.OptionalClientCert)), g.denials}))
 	}
 	s.grpc = grpc.NewServer(append(options, o.ServerOptions...)...)
 	s.health.SetServingStatus("", grpc_health_v1.HealthCheckResponse_NOT_SERVING)

@@ -4,12 +4,14 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/cookiejar"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -297,4 +299,63 @@ func TestTheConsoleAsksWhoIsThere(t *testing.T) {
 	require.NotContains(t, text, id)
 	answer, _ = do("GET", "/", "", "Authorization", "Bearer wrong")
 	require.Equal(t, http.StatusUnauthorized, answer.StatusCode)
+}
+
+// Whoever is refused leaves a line of the log and a count: who, what, from where, and the rule.
+func TestWhoIsRefusedIsWrittenDown(t *testing.T) {
+	t.Parallel()
+	path, tokens := identities(t, map[string]string{"vic": "role: viewer, tenant: acme", "ann": "role: operator, tenant: acme"})
+	log := &lockedBuffer{}
+	web, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	metrics := ""
+	s := start(t, t.TempDir(), func(o *server.Options) {
+		o.Auth, o.Console, o.Logger, metrics = &server.Auth{Tokens: path}, web, slog.New(slog.NewTextHandler(log, nil)), o.Metrics.Addr().String()
+	})
+	as := func(token string, more ...string) context.Context {
+		return metadata.NewOutgoingContext(t.Context(), metadata.Pairs(append([]string{"authorization", "Bearer " + token}, more...)...))
+	}
+	const guess = "guess-of-a-token"
+	_, err = s.o.CancelRun(as(tokens["vic"]), &specqlv1.CancelRunRequest{Id: "x"})
+	require.Equal(t, codes.PermissionDenied, status.Code(err))
+	_, err = s.o.ListRuns(as(tokens["ann"], "specql-tenant", "globex"), &specqlv1.ListRunsRequest{})
+	require.Equal(t, codes.PermissionDenied, status.Code(err))
+	_, err = specqlv1.NewInsightServiceClient(s.conn).ListAlerts(as(tokens["ann"]), &specqlv1.ListAlertsRequest{})
+	require.Equal(t, codes.PermissionDenied, status.Code(err))
+	_, err = s.o.GetRun(as(guess), &specqlv1.GetRunRequest{Id: "x"})
+	require.Equal(t, codes.Unauthenticated, status.Code(err))
+	resp, err := http.PostForm("http://"+web.Addr().String()+"/login", url.Values{"token": {guess}})
+	require.NoError(t, err)
+	require.NoError(t, resp.Body.Close())
+
+	const orchestrator = "/specql.v1.OrchestratorService/"
+	for _, want := range [][]string{
+		{"rule=role", "method=" + orchestrator + "CancelRun", "remote=127.0.0.1:", "code=PermissionDenied", "subject=vic", "role=viewer", "need=operator"},
+		{"rule=tenant", "method=" + orchestrator + "ListRuns", "subject=ann", "role=operator", "tenant=globex"},
+		{"rule=tenant", "method=/specql.v1.InsightService/ListAlerts", "subject=ann", "tenant=*"},
+		{"rule=token", "method=" + orchestrator + "GetRun", "remote=127.0.0.1:", "code=Unauthenticated"},
+		{"rule=token", "method=console", "remote=127.0.0.1:"},
+	} {
+		require.True(t, hasLine(log.String(), append(want, "level=WARN", `msg="a caller was refused"`)), "%v\n%s", want, log)
+	}
+	require.NotContains(t, log.String(), guess)
+	_, text := get(t, "http://"+metrics+"/metrics")
+	count := func(method, rule string) string {
+		return fmt.Sprintf("specql_callers_refused_total{method=%q,rule=%q} ", method, rule)
+	}
+	require.Contains(t, text, count(orchestrator+"CancelRun", "role")+"1\n")
+	require.Contains(t, text, count(orchestrator+"ListRuns", "tenant")+"1\n")
+	require.Contains(t, text, count(orchestrator+"GetRun", "token")+"1\n")
+	require.Contains(t, text, count("console", "token")+"1\n")
+}
+
+// hasLine tells whether one line of a text has all parts.
+func hasLine(text string, parts []string) bool {
+	for line := range strings.Lines(text) {
+		missing := slices.ContainsFunc(parts, func(p string) bool { return !strings.Contains(line, p) })
+		if !missing {
+			return true
+		}
+	}
+	return false
 }

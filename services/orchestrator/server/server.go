@@ -196,7 +196,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	specqlv1.RegisterInsightServiceServer(srv, &api.Insight{Store: st, Alerts: st, Registry: reg, Checkers: dispatcher})
 
 	if o.Console != nil {
-		if err := serveConsole(gctx, group, o, st, authenticator); err != nil {
+		if err := serveConsole(gctx, group, o, st, authenticator, mesh.NewDenials(o.Logger, m.registry)); err != nil {
 			return err
 		}
 	}
@@ -338,12 +338,12 @@ func loadRegistry(ctx context.Context, reg *registry.Registry, o Options) error 
 	return nil
 }
 
-func serveConsole(ctx context.Context, group *errgroup.Group, o Options, st store.Store, authenticator *auth.Authenticator) error {
+func serveConsole(ctx context.Context, group *errgroup.Group, o Options, st store.Store, authenticator *auth.Authenticator, denials *mesh.Denials) error {
 	// It speaks plaintext, and is for this machine alone.
 	if err := mesh.CheckInsecure(o.Console.Addr().String()); err != nil {
 		return fmt.Errorf("--console: %w", err)
 	}
-	handler, err := console.New(st, authenticator, o.Logger)
+	handler, err := console.New(st, authenticator, o.Logger, denials)
 	if err != nil {
 		return err
 	}

@@ -24,8 +24,8 @@ func (i *Insight) ListAlerts(ctx context.Context, req *specqlv1.ListAlertsReques
 	if err := v.Err(); err != nil {
 		return nil, err
 	}
-	if auth.From(ctx).Tenants() != nil {
-		return nil, auth.ErrAllTenants
+	if err := auth.From(ctx).MaySeeAll(); err != nil {
+		return nil, err
 	}
 	rows, err := i.Alerts.AlertStates(ctx)
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/pkg/telemetry"
 )
 
@@ -114,7 +115,7 @@ func (c *Caller) MayAll() error {
 	if c.all {
 		return nil
 	}
-	return ErrAllTenants
+	return c.ofAll()
 }
 
 // Tenant is the one that what the caller starts belongs to. One who has several must choose.
@@ -144,7 +145,9 @@ func (c *Caller) ActingFor(tenant string) (*Caller, error) {
 		return nil, status.Error(codes.InvalidArgument, TenantKey+": "+err.Error())
 	}
 	if !c.all && !slices.Contains(c.tenants, tenant) {
-		return nil, status.Errorf(codes.PermissionDenied, "%s does not belong to the tenant %s", c.Subject, tenant)
+		d := c.denial(mesh.RuleTenant, fmt.Sprintf("%s does not belong to the tenant %s", c.Subject, tenant))
+		d.Tenant = tenant
+		return nil, d
 	}
 	acting := *c
 	acting.acting = tenant
@@ -156,11 +159,28 @@ func (c *Caller) May(need Role) error {
 	if need != NoRole && c.Role >= need {
 		return nil
 	}
-	return status.Errorf(codes.PermissionDenied, "this needs the role %s; %s has the role %s", need, c.Subject, c.Role)
+	d := c.denial(mesh.RuleRole, fmt.Sprintf("this needs the role %s; %s has the role %s", need, c.Subject, c.Role))
+	d.Need = need.String()
+	return d
 }
 
-// ErrAllTenants refuses what sums up all tenants to who is not of all.
-var ErrAllTenants = status.Error(codes.PermissionDenied, "this is of all tenants, and the caller is not")
+// MaySeeAll refuses what sums up all tenants to who is not of all.
+func (c *Caller) MaySeeAll() error {
+	if c.Tenants() == nil {
+		return nil
+	}
+	return c.ofAll()
+}
+
+func (c *Caller) ofAll() error {
+	d := c.denial(mesh.RuleTenant, "this is of all tenants, and the caller is not")
+	d.Tenant = AllTenants
+	return d
+}
+
+func (c *Caller) denial(rule mesh.Rule, message string) *mesh.Denial {
+	return &mesh.Denial{Code: codes.PermissionDenied, Message: message, Rule: rule, Subject: c.Subject, Role: c.Role.String()}
+}
 
 type callerKey struct{}
 
@@ -230,10 +250,10 @@ const maxToken = 16 << 10
 
 // errToken is all that is said of a token that is not taken: which part of it is wrong helps
 // nobody but who guesses.
-var errToken = status.Error(codes.Unauthenticated, "a valid token is needed (--token, SPECQL_TOKEN or the metadata authorization: Bearer TOKEN)")
+var errToken error = &mesh.Denial{Code: codes.Unauthenticated, Rule: mesh.RuleToken, Message: "a valid token is needed (--token, SPECQL_TOKEN or the metadata authorization: Bearer TOKEN)"}
 
 // errTooMany turns away an address whose tokens were wrong again and again.
-var errTooMany = status.Error(codes.Unauthenticated, "too many tokens from this address were not valid; wait a few seconds")
+var errTooMany error = &mesh.Denial{Code: codes.Unauthenticated, Rule: mesh.RuleTokens, Message: "too many tokens from this address were not valid; wait a few seconds"}
 
 // Authenticate tells whose a token is. remote is where it came from. Errors are gRPC statuses.
 func (a *Authenticator) Authenticate(ctx context.Context, token, remote string) (*Caller, error) {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/services/orchestrator/internal/auth"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -34,8 +35,8 @@ type Store interface {
 
 const pageSize = 100
 
-// New makes the console's handler. It asks for a token where who does.
-func New(s Store, who *auth.Authenticator, logger *slog.Logger) (http.Handler, error) {
+// New makes the console's handler. It asks for a token where who does, and tells denials of who is refused.
+func New(s Store, who *auth.Authenticator, logger *slog.Logger, denials *mesh.Denials) (http.Handler, error) {
 	t, err := template.New("").Funcs(template.FuncMap{
 		"ago": func(t time.Time) string {
 			if t.IsZero() {
@@ -59,7 +60,7 @@ func New(s Store, who *auth.Authenticator, logger *slog.Logger) (http.Handler, e
 	if err != nil {
 		return nil, fmt.Errorf("read the console's pages: %w", err)
 	}
-	h := &handler{store: s, who: who, logger: logger, pages: t, sessions: sessions{now: time.Now}}
+	h := &handler{store: s, who: who, logger: logger, denials: denials, pages: t, sessions: sessions{now: time.Now}}
 	mux := http.NewServeMux()
 	mux.Handle("GET /{$}", h.admit(h.runs))
 	mux.Handle("GET /runs/{id}", h.admit(h.run))
@@ -75,6 +76,7 @@ type handler struct {
 	store    Store
 	who      *auth.Authenticator
 	logger   *slog.Logger
+	denials  *mesh.Denials
 	pages    *template.Template
 	sessions sessions
 }
@@ -112,7 +114,7 @@ func (h *handler) runs(w http.ResponseWriter, r *http.Request) {
 	tenant := r.URL.Query().Get("tenant")
 	acting, err := caller.ActingFor(tenant)
 	if err != nil {
-		refuse(w, err)
+		h.refuse(w, r, err)
 		return
 	}
 	before := r.URL.Query().Get("before")
@@ -133,8 +135,8 @@ func (h *handler) runs(w http.ResponseWriter, r *http.Request) {
 }
 
 func (h *handler) alerts(w http.ResponseWriter, r *http.Request) {
-	if auth.From(r.Context()).Tenants() != nil {
-		refuse(w, auth.ErrAllTenants)
+	if err := auth.From(r.Context()).MaySeeAll(); err != nil {
+		h.refuse(w, r, err)
 		return
 	}
 	states, err := h.store.AlertStates(r.Context())

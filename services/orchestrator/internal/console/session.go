@@ -92,11 +92,12 @@ func (h *handler) admit(next http.HandlerFunc) http.Handler {
 				err = caller.May(auth.Viewer)
 			}
 			if err != nil && !given {
+				h.told(r, err)
 				h.page(w, http.StatusUnauthorized, "login.html", map[string]any{"Error": status.Convert(err).Message()})
 				return
 			}
 			if err != nil {
-				refuse(w, err)
+				h.refuse(w, r, err)
 				return
 			}
 		}
@@ -104,8 +105,14 @@ func (h *handler) admit(next http.HandlerFunc) http.Handler {
 	})
 }
 
+// told writes down who was refused.
+func (h *handler) told(r *http.Request, err error) {
+	h.denials.Tell(r.Context(), "console", r.RemoteAddr, "", err)
+}
+
 // refuse answers with the text of a gRPC status.
-func refuse(w http.ResponseWriter, err error) {
+func (h *handler) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	h.told(r, err)
 	code := http.StatusForbidden
 	switch status.Code(err) { //nolint:exhaustive // the rest is refused
 	case codes.Unauthenticated:
@@ -135,7 +142,7 @@ func (h *handler) login(w http.ResponseWriter, r *http.Request) {
 		err = caller.May(auth.Viewer)
 	}
 	if err != nil {
-		h.logger.Warn("a login at the console was refused", "remote", auth.Host(r.RemoteAddr), "code", status.Code(err).String())
+		h.told(r, err)
 		h.page(w, http.StatusUnauthorized, "login.html", map[string]any{"Error": status.Convert(err).Message()})
 		return
 	}
