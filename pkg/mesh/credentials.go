@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/url"
 	"os"
@@ -39,6 +40,8 @@ type Credentials struct {
 	now     *material
 	stamp   string
 	checked time.Time
+	log     *slog.Logger // nil: nobody is told
+	failed  string       // what was told last of files that cannot be used
 }
 
 // material is one version of the certificate, key and CA.
@@ -126,10 +129,31 @@ func (c *Credentials) current() *material {
 	if stamp == c.stamp {
 		return c.now
 	}
-	if m, err := c.load(); err == nil {
-		c.now, c.stamp = m, stamp
+	m, err := c.load()
+	switch {
+	case err == nil:
+		c.now, c.stamp, c.failed = m, stamp, ""
+		c.tell(slog.LevelInfo, "the changed certificates are in use")
+	case err.Error() != c.failed: // a pair may be half written at this moment: it is tried again
+		c.failed = err.Error()
+		c.tell(slog.LevelError, "the changed certificates cannot be used; those of before stay in use", slog.String("error", c.failed))
 	}
 	return c.now
+}
+
+// logTo has changes of the files told, unless they are told somewhere already.
+func (c *Credentials) logTo(log *slog.Logger) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.log == nil {
+		c.log = log
+	}
+}
+
+func (c *Credentials) tell(level slog.Level, message string, attrs ...slog.Attr) {
+	if c.log != nil {
+		c.log.LogAttrs(context.Background(), level, message, attrs...)
+	}
 }
 
 // Name is the role that the certificate says, or "" without one.

@@ -1,14 +1,18 @@
 package mesh
 
 import (
+	"bytes"
 	"crypto/x509"
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/specql/mesh/pkg/telemetry"
 )
 
 func TestCredentialsFollowTheirFiles(t *testing.T) {
@@ -34,15 +38,23 @@ func TestCredentialsFollowTheirFiles(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "http-runner", c.Name())
 
+	var log bytes.Buffer
+	NewServer(c, ServerOptions{Logger: telemetry.NewLogger(&log, "info", "text")})
 	write("shell-runner")
 	require.Equal(t, "http-runner", c.Name(), "files are not read for every connection")
 	c.checked = time.Time{}
 	require.Equal(t, "shell-runner", c.Name())
 
 	// A version that cannot be read leaves the last good one, and is tried again.
+	require.Equal(t, 1, strings.Count(log.String(), "level=INFO msg=\"the changed certificates are in use\""))
 	require.NoError(t, os.WriteFile(key, []byte("half written"), 0o600))
-	c.checked = time.Time{}
-	require.Equal(t, "shell-runner", c.Name())
+	for range 3 {
+		c.checked = time.Time{}
+		require.Equal(t, "shell-runner", c.Name())
+	}
+	require.Equal(t, 1, strings.Count(log.String(), "level=ERROR"), "it is told once")
+	require.Contains(t, log.String(), "those of before stay in use")
+	require.NotContains(t, log.String(), "half written")
 	write("docker-runner")
 	c.checked = time.Time{}
 	require.Equal(t, "docker-runner", c.Name())

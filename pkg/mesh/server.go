@@ -90,6 +90,7 @@ func NewServer(c *Credentials, o ServerOptions) *Server {
 		}),
 	}
 	if c != nil {
+		c.logTo(g.log)
 		options = append(options, grpc.Creds(handshakes{credentials.NewTLS(c.serverTLS(o.OptionalClientCert)), g.denials}))
 	}
 	s.grpc = grpc.NewServer(append(options, o.ServerOptions...)...)
