@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strconv"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -107,6 +108,8 @@ func runError(err error, id, state string) error {
 		return notFound("run", id, "`specql runs list` shows those there are")
 	case errors.Is(err, store.ErrState):
 		return status.Error(codes.FailedPrecondition, state)
+	case errors.Is(err, store.ErrFull):
+		return status.Error(codes.ResourceExhausted, "as many signals wait for the run as are kept: "+strconv.Itoa(store.MaxSignals)+", or 8 MiB of them; none is taken until a step has taken some")
 	case errors.Is(err, store.ErrClosed):
 		return fault.New(fault.Unavailable, "the orchestrator is shutting down")
 	}

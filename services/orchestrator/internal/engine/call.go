@@ -240,6 +240,29 @@ func holdsNUL(raw json.RawMessage) bool {
 	return bytes.Contains(raw, nul) && bytes.Contains(bytes.ReplaceAll(raw, []byte(`\\`), nil), nul)
 }
 
+// beyondFloat finds a number that no double holds, and where it is: the API has no other numbers.
+func beyondFloat(value any) (at string, number json.Number) {
+	switch value := value.(type) {
+	case json.Number:
+		if _, err := value.Float64(); err != nil {
+			return "", value
+		}
+	case []any:
+		for i, e := range value {
+			if at, number := beyondFloat(e); number != "" {
+				return fmt.Sprintf("[%d]%s", i, at), number
+			}
+		}
+	case map[string]any:
+		for name, e := range value {
+			if at, number := beyondFloat(e); number != "" {
+				return "." + name + at, number
+			}
+		}
+	}
+	return "", ""
+}
+
 // unknown says whether an error leaves open if the call took effect.
 func unknown(e *fault.Error) bool {
 	if e == nil {
@@ -405,6 +428,9 @@ func (r *run) checkOutput(n *plan.Call, output json.RawMessage) *fault.Error {
 	v, err := decode(output)
 	if err != nil {
 		return fault.Wrap(err, fault.Validation, "output: %v", err)
+	}
+	if at, number := beyondFloat(v); number != "" {
+		return fault.New(fault.Validation, "output%s: %s is beyond the numbers that can be told from infinity; send it as a string", at, clip(string(number), 40))
 	}
 	if n.Operation.Output == nil {
 		return nil

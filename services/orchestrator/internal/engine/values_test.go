@@ -169,6 +169,8 @@ func TestHostileOutputsEndTheirRunWithAClearError(t *testing.T) {
 	deep := strings.Repeat("[", 9000)
 	cases := []struct{ name, output, message string }{
 		{"nested deeply", deep + strings.Repeat("]", len(deep)), "nested deeper than 200"},
+		{"a number beyond a double", `{"a":[1e308,{"b":-1e400}]}`, "output.a[1].b: -1e400 is beyond"},
+		{"a number beyond PostgreSQL's", `1e200000`, "output: 1e200000 is beyond"},
 		{"nested deeply and cut off", deep, "nested deeper than 200"},
 		{"nested deeply after a quote", `{"\"": ` + deep, "nested deeper than 200"},
 		{"two values", `{} {}`, "more than one value"},

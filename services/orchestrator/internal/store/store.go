@@ -48,8 +48,16 @@ var (
 	// ErrBusy: another client of the database holds a lock on what the record changes. Nothing
 	// was written; it may be later.
 	ErrBusy = errors.New("another client of the database holds a lock")
+	// ErrFull: as many signals wait for the run as are kept. Nothing was written; it may be later.
+	ErrFull = errors.New("too many signals wait for the run")
 	// ErrClosed: the store or the journal is closed.
 	ErrClosed = errors.New("closed")
+)
+
+// What waits for one run at most, about: several that come at the same moment may all find room.
+const (
+	MaxSignals     = 1000
+	MaxSignalBytes = 8 << 20
 )
 
 // DuplicateError says that an idempotency key belongs to a run already.
@@ -384,7 +392,8 @@ type Store interface {
 	ClaimRun(ctx context.Context, owner, runID string) (*Run, error)
 	// RequestCancel notes that a run shall end; ErrNotFound; ErrState where it has ended.
 	RequestCancel(ctx context.Context, runID, reason string) error
-	// AddSignal keeps a signal and sets its ID; ErrNotFound; ErrState where the run has ended.
+	// AddSignal keeps a signal and sets its ID; ErrNotFound; ErrState where the run has ended; ErrFull where
+	// [MaxSignals] that no step has taken wait for it, or those that wait have [MaxSignalBytes].
 	AddSignal(ctx context.Context, s *Signal) error
 
 	// AppendLogs keeps lines. Lines of one run have growing sequences; at most MaxLogLines of a run are

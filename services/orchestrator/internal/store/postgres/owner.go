@@ -221,8 +221,11 @@ func (s *Store) ClaimRun(ctx context.Context, owner, runID string) (*store.Run, 
 // refused says why a run was not changed: ErrNotFound, or ErrState with the state it has.
 func (s *Store) refused(ctx context.Context, runID string) error {
 	status, err := first(ctx, s, pgx.RowTo[string], "SELECT status FROM jobs.tb_workflow_run WHERE id = $1", uuidValue(runID))
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
+	case !store.Status(status).Final():
+		return store.ErrFull // nothing else is refused to a run that goes on
 	}
 	return fmt.Errorf("%w: it is %s", store.ErrState, status)
 }
@@ -252,10 +255,12 @@ func (s *Store) AddSignal(ctx context.Context, sig *store.Signal) error {
 		created = s.now().UTC()
 	}
 	id, err := first(ctx, s, pgx.RowTo[int64], `WITH target AS (SELECT id FROM jobs.tb_workflow_run WHERE id = $1 AND status IN ('pending', 'running') FOR SHARE),
+		waiting AS (SELECT count(*) AS number, coalesce(sum(pg_column_size(payload)), 0) AS bytes
+			FROM jobs.tb_workflow_signal WHERE run_id = $1 AND taken_by IS NULL),
 		made AS (INSERT INTO jobs.tb_workflow_signal (run_id, name, taken_by, created_at, payload)
-			SELECT id, $2, $3, $4, $5::text::jsonb FROM target RETURNING id)
+			SELECT id, $2, $3, $4, $5::text::jsonb FROM target CROSS JOIN waiting WHERE number < $6 AND bytes < $7 RETURNING id)
 		SELECT made.id FROM made CROSS JOIN LATERAL pg_notify('specql_request', $1::text)`,
-		uuidValue(sig.RunID), plain(sig.Name), nullText(sig.TakenBy), created, nullJSON(sig.Payload))
+		uuidValue(sig.RunID), plain(sig.Name), nullText(sig.TakenBy), created, nullJSON(sig.Payload), store.MaxSignals, store.MaxSignalBytes)
 	if isNotFound(err) {
 		err = s.refused(ctx, sig.RunID)
 	}

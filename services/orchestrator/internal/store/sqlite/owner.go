@@ -67,8 +67,11 @@ func (w *writer) refused(runID string) error {
 	if errors.Is(err, sql.ErrNoRows) {
 		return store.ErrNotFound
 	}
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
+	case !store.Status(status).Final():
+		return store.ErrFull // nothing else is refused to a run that goes on
 	}
 	return fmt.Errorf("%w: it is %s", store.ErrState, status)
 }
@@ -102,9 +105,11 @@ func (s *Store) AddSignal(ctx context.Context, sig *store.Signal) error {
 	var id int64
 	err := s.write(ctx, func(w *writer) error {
 		err := w.row(`INSERT INTO jobs.tb_workflow_signal (run_id, name, taken_by, created_at, payload)
-			SELECT id, ?, ?, ?, ? FROM jobs.tb_workflow_run WHERE id = ? AND status IN ('pending', 'running')
+			SELECT r.id, ?, ?, ?, ? FROM jobs.tb_workflow_run r CROSS JOIN
+				(SELECT count(*) AS number, coalesce(sum(octet_length(payload)), 0) AS bytes FROM jobs.tb_workflow_signal WHERE run_id = ? AND taken_by IS NULL) w
+			WHERE r.id = ? AND r.status IN ('pending', 'running') AND w.number < ? AND w.bytes < ?
 			RETURNING id`,
-			[]any{sig.Name, textValue(sig.TakenBy), timeValue(created), jsonValue(sig.Payload), sig.RunID}, &id)
+			[]any{sig.Name, textValue(sig.TakenBy), timeValue(created), jsonValue(sig.Payload), sig.RunID, sig.RunID, store.MaxSignals, store.MaxSignalBytes}, &id)
 		if errors.Is(err, sql.ErrNoRows) {
 			return w.refused(sig.RunID)
 		}

@@ -1,7 +1,10 @@
 package storetest
 
 import (
+	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
+	"strconv"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -132,6 +135,30 @@ func testSignals(t *testing.T, st store.Store) {
 	requireEqual(t, sent, history(t, st, run.ID).Signals)
 
 	require.Error(t, st.AddSignal(ctx, &store.Signal{RunID: run.ID, Name: "go", Payload: json.RawMessage(`{`)}))
+
+	// So many wait and no more, until one is taken.
+	full := started(t, st)
+	for range store.MaxSignals {
+		require.NoError(t, st.AddSignal(ctx, &store.Signal{RunID: full.ID, Name: "go"}))
+	}
+	require.ErrorIs(t, st.AddSignal(ctx, &store.Signal{RunID: full.ID, Name: "go"}), store.ErrFull)
+	r = change(full)
+	r.TakenSignals = map[int64]string{history(t, st, full.ID).Signals[0].ID: "steps[1]"}
+	commit(t, st, r)
+	require.NoError(t, st.AddSignal(ctx, &store.Signal{RunID: full.ID, Name: "go"}))
+	large := started(t, st)
+	for n := 0; ; n++ {
+		payload := make([]byte, 700<<10) // no database makes random text much smaller
+		_, _ = rand.Read(payload)
+		err := st.AddSignal(ctx, &store.Signal{RunID: large.ID, Name: "go", Payload: json.RawMessage(strconv.Quote(hex.EncodeToString(payload)))})
+		if err != nil {
+			require.ErrorIs(t, err, store.ErrFull)
+			require.Greater(t, n, 4)
+			break
+		}
+		require.Less(t, n, 20)
+	}
+
 	for _, status := range []store.Status{store.Completed, store.Failed, store.Cancelled} {
 		run := ended(t, st, status)
 		require.ErrorIs(t, st.AddSignal(ctx, &store.Signal{RunID: run.ID, Name: "go"}), store.ErrState)
