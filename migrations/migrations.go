@@ -48,6 +48,9 @@ func Versions() ([]Version, error) {
 	return all, nil
 }
 
+// space is what PostgreSQL skips between words.
+const space = " \t\n\r\f\v"
+
 // Statements splits a text into its statements, so that each can be a transaction of its own. It knows the
 // quotes and comments of PostgreSQL; commands of psql (\set and the like) have no place in it.
 func Statements(text string) ([]string, error) {
@@ -79,10 +82,10 @@ func Statements(text string) ([]string, error) {
 			blank = false
 		case c == ';':
 			if !blank {
-				all = append(all, strings.TrimSpace(text[begin:i]))
+				all = append(all, strings.Trim(text[begin:i], space))
 			}
 			begin, blank = i+1, true
-		case c != ' ' && c != '\t' && c != '\n' && c != '\r':
+		case strings.IndexByte(space, c) < 0:
 			blank = false
 		}
 		if skip < 0 {

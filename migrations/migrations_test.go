@@ -75,6 +75,7 @@ func TestStatements(t *testing.T) {
 
 func FuzzStatements(f *testing.F) {
 	f.Add("SELECT 'a' -- b\n; DO $x$ ; $x$;")
+	f.Add("\f ;")
 	f.Fuzz(func(t *testing.T, text string) {
 		statements, err := migrations.Statements(text)
 		if err != nil {
@@ -82,7 +83,7 @@ func FuzzStatements(f *testing.F) {
 		}
 		for _, s := range statements {
 			require.Contains(t, text, s)
-			require.NotEmpty(t, strings.TrimSpace(s))
+			require.NotEmpty(t, strings.Trim(s, " \t\n\r\f\v"))
 		}
 	})
 }
