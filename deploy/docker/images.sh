@@ -2,8 +2,8 @@
 # Makes the images of the services without a registry and without a Docker engine: static binaries onto nothing, as archives
 # that `docker load`, `ctr images import` and `podman load` take. The shell runner's base comes from Debian's own packages.
 #   deploy/docker/images.sh [NAME...]     all of: orchestrator http-runner docker-runner serverless-runner specql shell-runner
-# OUT (.cache/images), VERSION (of git), REPOSITORY (specql), GOARCH, and BIN with binaries that were built before are taken
-# from the environment. BASE is a root file system in a tar, in place of the shell runner's.
+# OUT (.cache/images), VERSION (of git), REPOSITORY (specql), GOARCH, SHELL_PACKAGES (names of Debian's packages with commas), and
+# BIN with binaries that were built before are taken from the environment. BASE is a root file system in a tar, in place of the shell runner's.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-.cache/images}
@@ -13,6 +13,8 @@ VERSION=${VERSION:-$(git describe --tags --always --dirty 2>/dev/null || echo de
 EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 0)}
 ARCH=${GOARCH:-$(go env GOARCH)}
 USERID=65532
+# What jobs of the shell runner find: Python with its whole library, and the CAs.
+SHELL_PACKAGES=${SHELL_PACKAGES:-python3,ca-certificates}
 ALL="orchestrator http-runner docker-runner serverless-runner specql shell-runner"
 CERTIFICATES=${CERTIFICATES:-/etc/ssl/certs/ca-certificates.crt}
 mkdir -p "$OUT"
@@ -42,12 +44,12 @@ binaries() { # NAME DIR
 
 # base is the shell runner's root file system: Debian without what is only for installing it, with Python.
 base() { # DIR
-  local tar=${BASE:-$OUT/base-shell-$ARCH.tar}
+  local tar=${BASE:-$OUT/base-shell-${SHELL_PACKAGES//,/-}-$ARCH.tar}
   if [ ! -e "$tar" ]; then
     command -v debootstrap >/dev/null || { echo "images.sh: the shell runner's base needs debootstrap (Debian's package), or BASE=ROOTFS.tar" >&2; exit 1; }
     echo "shell-runner: making its base (some minutes, once)" >&2
     local root=$work/base
-    debootstrap --variant=minbase --include=python3-minimal,ca-certificates --arch="$(dpkg --print-architecture)" \
+    debootstrap --variant=minbase --include="$SHELL_PACKAGES" --arch="$(dpkg --print-architecture)" \
       "${DEBIAN_SUITE:-bookworm}" "$root" "${DEBIAN_MIRROR:-http://deb.debian.org/debian}" >"$OUT/base-shell.log" 2>&1 ||
       { tail -5 "$OUT/base-shell.log" >&2; exit 1; }
     dpkg-query --admindir="$root/var/lib/dpkg" -W -f='${Package} ${Version} ${Architecture}\n' >"$work/packages.txt"

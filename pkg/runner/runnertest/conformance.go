@@ -19,7 +19,7 @@ import (
 	"github.com/specql/mesh/pkg/runner"
 )
 
-// promptly is how long a cancelled job may take to end.
+// promptly is how long a cancelled job may take to end where [Cases] do not say.
 const promptly = 2 * time.Second
 
 // Cases are the jobs that [Conformance] runs. Their ids are replaced.
@@ -38,6 +38,8 @@ type Cases struct {
 	Big *runnerv1.Job
 	// BigCodes are the error codes that Big may end with; RESOURCE_EXCEEDED and VALIDATION if empty.
 	BigCodes []fault.Code
+	// Promptly is how long a cancelled job may take to end; 2 s if zero.
+	Promptly time.Duration
 }
 
 // Conformance checks that a runner keeps the promises of the RunnerService. The runner
@@ -210,6 +212,13 @@ func (s *suite) gone(t *testing.T) {
 	}
 }
 
+func (s *suite) promptly() time.Duration {
+	if s.c.Promptly > 0 {
+		return s.c.Promptly
+	}
+	return promptly
+}
+
 func (s *suite) cancel(t *testing.T) {
 	client := Start(t, s.jr)
 	call := s.slow(t, client, s.job(s.c.Slow))
@@ -217,7 +226,7 @@ func (s *suite) cancel(t *testing.T) {
 	call.Cancel("a better idea")
 	out := call.Wait()
 	require.NoError(t, out.Err)
-	require.Less(t, time.Since(start), promptly)
+	require.Less(t, time.Since(start), s.promptly())
 	require.Equal(t, string(fault.Cancelled), out.Code())
 	require.Contains(t, out.Finished.GetError().GetMessage(), "a better idea")
 	require.NotNil(t, out.Finished.GetUsage().DurationSeconds)
@@ -237,7 +246,7 @@ func (s *suite) timeout(t *testing.T) {
 	start := time.Now()
 	out := Execute(t, client, job)
 	require.NoError(t, out.Err)
-	require.Less(t, time.Since(start), 300*time.Millisecond+promptly)
+	require.Less(t, time.Since(start), 300*time.Millisecond+s.promptly())
 	require.Equal(t, string(fault.Timeout), out.Code())
 	require.True(t, out.Finished.GetError().GetRetryable())
 	require.Contains(t, out.Finished.GetError().GetMessage(), "300ms")

@@ -38,6 +38,7 @@ var listOne = metav1.ListOptions{Limit: 1}
 type api struct {
 	namespace string
 	core      *rest.RESTClient
+	http      *http.Client
 	params    runtime.ParameterCodec
 
 	jobs    *gentype.ClientWithList[*batchv1.Job, *batchv1.JobList]
@@ -66,6 +67,7 @@ func newAPI(config *rest.Config, namespace string) (*api, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the cluster's API: %w", err)
 	}
+	a.http = connection
 	client := func(gv schema.GroupVersion, path string) (*rest.RESTClient, error) {
 		c := rest.CopyConfig(shared)
 		c.GroupVersion, c.APIPath, c.NegotiatedSerializer = &gv, path, codecs.WithoutConversion()

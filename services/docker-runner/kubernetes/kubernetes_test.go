@@ -288,6 +288,12 @@ func TestCredentials(t *testing.T) {
 	}
 }
 
+func podThatEnded(reason, message string, code int32) *corev1.Pod {
+	return &corev1.Pod{Status: corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{{
+		Name: containerJob, ImageID: "x@sha256:1", State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{Reason: reason, Message: message, ExitCode: code}},
+	}}}}
+}
+
 func TestWhatPodsSay(t *testing.T) {
 	t.Parallel()
 	p, err := dockerrunner.Prepare(jobOf(t, nil, nil), nil, &runner.Checks{})
@@ -296,7 +302,7 @@ func TestWhatPodsSay(t *testing.T) {
 		return corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{{Name: containerJob, State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: reason, Message: message}}}}}
 	}
 	ended := func(reason, message string, code int32) corev1.PodStatus {
-		return corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{{Name: containerJob, ImageID: "x@sha256:1", State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{Reason: reason, Message: message, ExitCode: code}}}}}
+		return podThatEnded(reason, message, code).Status
 	}
 	for name, c := range map[string]struct {
 		status     corev1.PodStatus

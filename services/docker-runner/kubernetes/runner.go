@@ -15,6 +15,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 
@@ -115,6 +116,7 @@ func New(o Options) (*Runner, error) {
 func (r *Runner) Close() {
 	r.stop()
 	r.stopped.Wait()
+	net.CloseIdleConnectionsFor(r.api.http.Transport)
 }
 
 // Ping says whether the API server answers, and lets the runner see its Jobs: nil, or an

@@ -147,6 +147,7 @@ type running struct {
 	frames  *Frames
 	group   *cgroup.Group
 	began   time.Time
+	before  float64 // seconds of processor time of the group until then
 	signals <-chan os.Signal
 
 	mu     sync.Mutex
@@ -163,12 +164,18 @@ func (r *running) run() (*Report, error) {
 		return nil, err
 	}
 	rx, tx := network()
+	// What the container's own start took is nothing that the program used.
+	if r.group != nil {
+		if g, err := r.group.Stat(); err == nil && g.CPUSeconds != nil {
+			r.before = *g.CPUSeconds
+		}
+	}
+	r.began = time.Now()
 	stdin, stdout, stderr, refused, child, err := r.begin()
 	if err != nil {
 		return nil, err
 	}
 	r.child = child
-	r.began = time.Now()
 	go func() {
 		// A program that does not read its input, or closes stdin, is no failure.
 		_, _ = stdin.Write(append(input, '\n'))
@@ -399,7 +406,10 @@ func (r *running) usage(rx, tx uint64) *Usage {
 	}
 	kill := g.OOMKills > 0 && !r.oom
 	r.oom = r.oom || g.OOMKills > 0
-	u.CPUSeconds, u.MemoryMB, u.PeakMemoryMB = g.CPUSeconds, r.memory, g.PeakMemoryMB
+	if g.CPUSeconds != nil {
+		u.CPUSeconds = new(max(*g.CPUSeconds-r.before, 0))
+	}
+	u.MemoryMB, u.PeakMemoryMB = r.memory, g.PeakMemoryMB
 	u.DiskReadMB, u.DiskWriteMB = g.DiskReadMB, g.DiskWriteMB
 	r.mu.Unlock()
 	if r.group.Mode() == cgroup.V1 { // most goes through the page cache, which nobody is told of there
