@@ -134,7 +134,7 @@ func (g *guard) end(ctx context.Context, method string, start time.Time, err err
 	g.duration.WithLabelValues(method).Observe(took.Seconds())
 	level := slog.LevelDebug
 	switch st.Code() { //nolint:exhaustive // the rest is the callers' business
-	case codes.Internal, codes.Unknown, codes.DataLoss, codes.Unimplemented:
+	case codes.Internal, codes.Unknown, codes.DataLoss:
 		level = slog.LevelError
 	case codes.PermissionDenied, codes.Unauthenticated:
 		remote := ""

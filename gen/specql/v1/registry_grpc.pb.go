@@ -44,8 +44,8 @@ type RegistryServiceClient interface {
 	// ListRunners asks every runner what it is.
 	ListRunners(ctx context.Context, in *ListRunnersRequest, opts ...grpc.CallOption) (*ListRunnersResponse, error)
 	// SetExecutionTypes disables and enables execution types, at once and on every
-	// orchestrator: a job of a disabled type fails with DISABLED. It is all or nothing, and an
-	// empty request only reads.
+	// orchestrator: a job of a disabled type fails with DISABLED. It is all or nothing. An
+	// empty request only reads, which needs the role viewer; a change needs admin.
 	SetExecutionTypes(ctx context.Context, in *SetExecutionTypesRequest, opts ...grpc.CallOption) (*SetExecutionTypesResponse, error)
 }
 
@@ -125,8 +125,8 @@ type RegistryServiceServer interface {
 	// ListRunners asks every runner what it is.
 	ListRunners(context.Context, *ListRunnersRequest) (*ListRunnersResponse, error)
 	// SetExecutionTypes disables and enables execution types, at once and on every
-	// orchestrator: a job of a disabled type fails with DISABLED. It is all or nothing, and an
-	// empty request only reads.
+	// orchestrator: a job of a disabled type fails with DISABLED. It is all or nothing. An
+	// empty request only reads, which needs the role viewer; a change needs admin.
 	SetExecutionTypes(context.Context, *SetExecutionTypesRequest) (*SetExecutionTypesResponse, error)
 	mustEmbedUnimplementedRegistryServiceServer()
 }

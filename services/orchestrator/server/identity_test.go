@@ -162,8 +162,16 @@ func TestRolesAndTenants(t *testing.T) {
 	require.ErrorContains(t, err, "needs the role admin")
 	_, err = s.r.SetExecutionTypes(as("bea"), &specqlv1.SetExecutionTypesRequest{Disable: []string{"echo"}})
 	require.Equal(t, codes.PermissionDenied, status.Code(err))
-	_, err = s.r.SetExecutionTypes(as("boss"), &specqlv1.SetExecutionTypesRequest{})
-	require.NoError(t, err)
+	for _, subject := range []string{"vic", "ann"} {
+		types, err := s.r.SetExecutionTypes(as(subject), &specqlv1.SetExecutionTypesRequest{})
+		require.NoError(t, err, "to see them is no change")
+		require.NotEmpty(t, types.GetTypes())
+		for _, change := range []*specqlv1.SetExecutionTypesRequest{{Disable: []string{"echo"}}, {Enable: []string{"echo"}}} {
+			_, err = s.r.SetExecutionTypes(as(subject), change)
+			require.Equal(t, codes.PermissionDenied, status.Code(err))
+			require.ErrorContains(t, err, "needs the role admin")
+		}
+	}
 }
 
 // What is of all tenants is changed by who is of all of them.

@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/specql/mesh/cmd/specql/internal/jsonform"
 	"github.com/specql/mesh/cmd/specql/internal/terminal"
 	"github.com/specql/mesh/pkg/mesh"
 )
@@ -27,6 +28,7 @@ func newCerts(s IO) *cobra.Command {
 	var (
 		hosts []string
 		force bool
+		out   output
 	)
 	cmd := &cobra.Command{
 		Use:   "certs DIR",
@@ -39,15 +41,19 @@ func newCerts(s IO) *cobra.Command {
 		Example: "  specql certs certs\n  specql certs certs --host orchestrator.example.org --host 10.0.0.7 --force",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
+			if err := out.check(); err != nil {
+				return err
+			}
 			for _, host := range hosts {
 				if !validHost(host) {
 					return misuse("--host %q is neither a name such as mesh.example.org nor an IP address", host)
 				}
 			}
-			return certs(s, args[0], hosts, force)
+			return certs(s, args[0], hosts, force, &out)
 		},
 	}
 	cmd.Flags().StringSliceVar(&hosts, "host", nil, "a further name or IP address that services are reached by (repeatable, or with commas)")
+	out.register(cmd.Flags())
 	cmd.Flags().BoolVar(&force, "force", false, "make certificates that are there anew; the CA is kept")
 	return cmd
 }
@@ -58,7 +64,7 @@ func validHost(host string) bool {
 	return net.ParseIP(host) != nil || len(host) <= 253 && hostName.MatchString(host)
 }
 
-func certs(s IO, dir string, hosts []string, force bool) error {
+func certs(s IO, dir string, hosts []string, force bool, out *output) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make the folder: %w", err)
 	}
@@ -76,7 +82,7 @@ func certs(s IO, dir string, hosts []string, force bool) error {
 	if err != nil {
 		return err
 	}
-	lines := []string{pairLine(made, dir, authorityName)}
+	pairs := []jsonform.Object{pairOf(made, dir, authorityName)}
 	for _, name := range certificateNames {
 		if !old[name] {
 			issued, err := authority.Issue(name, append([]string{name}, hosts...)...)
@@ -88,21 +94,29 @@ func certs(s IO, dir string, hosts []string, force bool) error {
 				return err
 			}
 		}
-		lines = append(lines, pairLine(!old[name], dir, name))
+		pairs = append(pairs, pairOf(!old[name], dir, name))
 	}
 	if len(old) > 0 {
 		s.say("Certificates that were there are kept as they are; --force makes them anew.")
 	}
+	if out.json() {
+		return s.print(jsonform.Object{{Name: "certificates", Value: pairs}})
+	}
+	lines := make([]string, 0, len(pairs))
+	for _, p := range pairs {
+		lines = append(lines, terminal.Clean(fmt.Sprintf("%s  %s  %s", p[1].Value, p[2].Value, p[3].Value)))
+	}
 	return s.lines(lines, "")
 }
 
-func pairLine(made bool, dir, name string) string {
-	verb := "kept"
+// pairOf says what became of a certificate and its key.
+func pairOf(made bool, dir, name string) jsonform.Object {
+	state := "kept"
 	if made {
-		verb = "made"
+		state = "made"
 	}
 	cert, key := pair(dir, name)
-	return terminal.Clean(fmt.Sprintf("%s  %s  %s", verb, cert, key))
+	return jsonform.Object{{Name: "name", Value: name}, {Name: "state", Value: state}, {Name: "certificate", Value: cert}, {Name: "key", Value: key}}
 }
 
 // authorityIn is the CA in a folder, and whether it was made just now.

@@ -21,8 +21,8 @@ func newExecutionTypes(s IO) *cobra.Command {
 		Use:   "execution-types",
 		Short: "Lists, disables and enables execution types, on every orchestrator at once",
 		Long: "Without flags: which execution types there are, and whether their jobs are carried out. A job of a disabled\n" +
-			"type fails with DISABLED; one that runs already goes on. A change takes hold at once on every orchestrator,\n" +
-			"and stays until it is changed again.",
+			"type fails with DISABLED, one that waits for its turn or its next attempt, too; one that runs already goes on. A change\n" +
+			"takes hold at once on every orchestrator, and stays until it is changed again. To list them needs the role viewer.",
 		Example: "  specql execution-types --disable shell docker serverless\n  specql execution-types --enable shell",
 		Args:    cobra.NoArgs,
 	}

@@ -17,7 +17,11 @@ const maxTypes = 100
 func (r *Registry) SetExecutionTypes(ctx context.Context, req *specqlv1.SetExecutionTypesRequest) (*specqlv1.SetExecutionTypesResponse, error) {
 	changes := len(req.GetDisable())+len(req.GetEnable()) > 0
 	if changes {
-		if err := auth.From(ctx).MayAll(); err != nil {
+		caller := auth.From(ctx)
+		if err := caller.May(auth.Admin); err != nil {
+			return nil, err
+		}
+		if err := caller.MayAll(); err != nil {
 			return nil, err
 		}
 	}

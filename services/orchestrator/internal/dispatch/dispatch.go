@@ -277,22 +277,32 @@ func (a *attempt) carry(ctx context.Context, began time.Time) *engine.Outcome {
 		}
 		// Nothing was begun, or what was begun does not count: another replica, or this one in a
 		// moment, takes the job, and no attempt is counted.
-		if !pause(ctx, n, longestPause) {
-			unknown := handBacks > 0 || out.Unknown
-			return &engine.Outcome{Err: fault.New(fault.Cancelled, "%v", context.Cause(ctx)), Unknown: unknown, Unused: !unknown}
+		unknown, disabled := handBacks > 0 || out.Unknown, a.call.Disabled
+		if unknown {
+			disabled = nil // what may have begun goes on
+		}
+		if err := pause(ctx, n, longestPause, disabled); errors.Is(err, errDisabled) {
+			return &engine.Outcome{Err: engine.DisabledError(a.call.Job.ExecutionType), Unused: true}
+		} else if err != nil {
+			return &engine.Outcome{Err: fault.New(fault.Cancelled, "%v", err), Unknown: unknown, Unused: !unknown}
 		}
 	}
 }
 
-// pause waits a little, longer with each n and longest at most, and tells whether ctx lives.
-func pause(ctx context.Context, n int, longest time.Duration) bool {
+// errDisabled ends a pause because no job of the type is to begin any more.
+var errDisabled = errors.New("the execution type is disabled")
+
+// pause waits a little, longer with each n and longest at most, unless something ends it.
+func pause(ctx context.Context, n int, longest time.Duration, disabled <-chan struct{}) error {
 	timer := time.NewTimer(time.Duration(float64(min(longest, 5*time.Millisecond<<min(n, 8))) * (0.5 + rand.Float64()))) //nolint:gosec // jitter
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-		return true
+		return nil
+	case <-disabled:
+		return errDisabled
 	case <-ctx.Done():
-		return false
+		return context.Cause(ctx)
 	}
 }
 
@@ -357,7 +367,7 @@ func (a *attempt) find(ctx context.Context, lost *engine.Outcome, why next) (*en
 			case full, unreached, unowned, unsure, stale:
 			}
 		}
-		pause(search, n, longestPause/10) // there may be many replicas
+		_ = pause(search, n, longestPause/10, nil) // there may be many replicas
 	}
 }
 

@@ -10,7 +10,11 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/services/orchestrator/internal/dispatch"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
@@ -106,4 +110,55 @@ func TestCallWithoutARunnerIsNotRepeated(t *testing.T) {
 	require.Equal(t, fault.Unavailable, out.Err.Code)
 	require.False(t, out.Err.Retryable)
 	require.Contains(t, out.Err.Message, "--runner wasm=ADDRESS")
+}
+
+// full is a runner that never has room.
+type full struct {
+	runnerv1.UnimplementedRunnerServiceServer
+
+	asked chan struct{}
+}
+
+func (f full) Execute(grpc.BidiStreamingServer[runnerv1.ExecuteRequest, runnerv1.ExecuteResponse]) error {
+	select {
+	case f.asked <- struct{}{}:
+	default:
+	}
+	return status.Error(codes.ResourceExhausted, "no room")
+}
+
+// A job that waits for a runner with room waits no more once its execution type is disabled.
+func TestDisablingEndsTheWaitForARunner(t *testing.T) {
+	t.Parallel()
+	lis, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	s, runner := grpc.NewServer(), full{asked: make(chan struct{}, 3)}
+	runnerv1.RegisterRunnerServiceServer(s, runner)
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(lis) }()
+	d, err := dispatch.New(dispatch.Options{Runners: map[string]string{"http": lis.Addr().String()}, Logger: slog.New(slog.DiscardHandler)})
+	require.NoError(t, err)
+	defer func() {
+		d.Close()
+		s.Stop()
+		require.NoError(t, <-served)
+	}()
+	disabled, ended := make(chan struct{}), make(chan *engine.Outcome, 1)
+	go func() {
+		job := &store.Job{ExecutionType: "http", Timeout: time.Minute}
+		ended <- d.Execute(t.Context(), &engine.Call{Job: job, Node: node("o", `{}`), Disabled: disabled}, func(int64, string, string, time.Time) {})
+	}()
+	for range cap(runner.asked) {
+		<-runner.asked
+	}
+	require.Empty(t, ended)
+	close(disabled)
+	select {
+	case out := <-ended:
+		require.Equal(t, fault.Disabled, out.Err.Code)
+		require.True(t, out.Unused)
+		require.False(t, out.Unknown)
+	case <-time.After(20 * time.Second):
+		require.Fail(t, "the job waits on")
+	}
 }

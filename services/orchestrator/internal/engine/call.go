@@ -282,7 +282,7 @@ func unknown(e *fault.Error) bool {
 func (r *run) resumeJob(ctx context.Context, n *plan.Call, job *store.Job) (*store.Job, error) {
 	now := r.e.Clock.Now()
 	if job.NextAttemptAt.After(now) {
-		if err := r.doze(ctx, job.NextAttemptAt.Sub(now)); err != nil {
+		if err := r.doze(ctx, job.NextAttemptAt.Sub(now), job); err != nil {
 			return r.ended(ctx, job, err, nil)
 		}
 	} else if job.NextAttemptAt.IsZero() || !r.limited(ctx, n) {
@@ -327,10 +327,7 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 		}
 		if r.e.disabled(job.ExecutionType) {
 			slot.end(r, &Outcome{Unused: true})
-			job.Status, job.CompletedAt = store.Failed, r.e.Clock.Now()
-			job.Err = fault.New(fault.Disabled, "execution type %s is disabled; `specql execution-types --enable %[1]s` enables it", job.ExecutionType)
-			r.noteJob(job, false)
-			return job, nil
+			return r.ended(ctx, job, errDisabled, nil)
 		}
 		snapshot := *job
 		out := &Outcome{Err: refused, Unused: true}
@@ -338,6 +335,9 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 			out = r.dispatch(ctx, n, &snapshot, slot.reserved())
 		}
 		slot.end(r, out)
+		if out.Unused && out.Err != nil && out.Err.Code == fault.Disabled {
+			return r.ended(ctx, job, errDisabled, nil)
+		}
 		if changed = out.LimitsChanged; out.Again && context.Cause(ctx) == nil {
 			if again == 0 {
 				firstAgain = r.e.Clock.Now().Add(-out.took)
@@ -377,7 +377,7 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 		if err := r.flush(ctx); err != nil {
 			return r.ended(ctx, job, err, out.Err)
 		}
-		if err := r.doze(ctx, pause); err != nil {
+		if err := r.doze(ctx, pause, job); err != nil {
 			return r.ended(ctx, job, err, out.Err)
 		}
 		job.NextAttemptAt, job.Err = time.Time{}, nil
@@ -398,7 +398,8 @@ func (r *run) epoch() int64 {
 	return r.state.Epoch
 }
 
-// ended is the end of a job because its walk ends: cancelled, unless the run is handed back.
+// ended is the end of a job before its next attempt: cancelled because its walk ends, unless the run is handed back, or failed
+// because there may be none.
 func (r *run) ended(ctx context.Context, job *store.Job, cause error, err *fault.Error) (*store.Job, error) {
 	if asked := context.Cause(ctx); asked != nil {
 		cause = asked
@@ -408,6 +409,13 @@ func (r *run) ended(ctx context.Context, job *store.Job, cause error, err *fault
 	r.mu.Unlock()
 	if lost != nil || errors.Is(cause, ErrHandBack) {
 		return nil, ErrHandBack
+	}
+	if errors.Is(cause, errDisabled) {
+		job.Attempts-- // this one is not made
+		job.Status, job.CompletedAt, job.NextAttemptAt, job.Err = store.Failed, r.e.Clock.Now(), time.Time{}, DisabledError(job.ExecutionType)
+		job.Err.Attempts = job.Attempts
+		r.noteJob(job, false)
+		return job, nil
 	}
 	job.Status, job.CompletedAt = store.Cancelled, r.e.Clock.Now()
 	job.Err = fault.New(fault.Cancelled, "%s", cause.Error())

@@ -127,6 +127,8 @@ type Call struct {
 	Subject string
 	// Reserved is the most that the attempt may cost, in US dollars; nil where it took no slot of a limit.
 	Reserved *float64
+	// Disabled is closed once the execution type is disabled: a job that has not begun by then does not begin. May be nil.
+	Disabled <-chan struct{}
 }
 
 // LogSink takes lines of a job.

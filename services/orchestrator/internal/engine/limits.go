@@ -3,6 +3,7 @@ package engine
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -235,7 +236,7 @@ func (w *slotWait) wait(ctx context.Context, limit int, after time.Duration, ask
 	}
 	w.r.sleep()
 	refused, err = w.sleep(ctx, l, left)
-	if werr := w.r.wake(ctx); err == nil {
+	if werr := w.r.wake(ctx); err == nil || werr != nil && errors.Is(err, errDisabled) {
 		err = werr
 	}
 	if refused == nil && err == nil {
@@ -261,6 +262,8 @@ func (w *slotWait) sleep(ctx context.Context, l *Limit, left time.Duration) (*fa
 		return nil, nil
 	case <-timer.C:
 		return w.tooLong(l, MaxSlotWait), nil
+	case <-w.r.e.whenDisabled(w.job.ExecutionType):
+		return nil, errDisabled
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	case <-w.r.e.drain.Done():

@@ -56,6 +56,8 @@ type membership struct {
 	members map[string]member
 	// disabled execution types.
 	disabled map[string]bool
+	// waits has a channel for each execution type that attempts wait with. It is closed once the type is disabled.
+	waits map[string]chan struct{}
 
 	// reconciled is when it was last seen that everything that is owned is known; zero for at once.
 	reconciled time.Time
@@ -70,7 +72,7 @@ type membership struct {
 func newMembership(owner string) *membership {
 	token := func() chan struct{} { return make(chan struct{}, 1) }
 	return &membership{
-		owner: owner, members: map[string]member{}, disabled: map[string]bool{},
+		owner: owner, members: map[string]member{}, disabled: map[string]bool{}, waits: map[string]chan struct{}{},
 		released: token(), work: token(), requests: token(), refresh: token(),
 	}
 }
@@ -462,9 +464,7 @@ func (e *Engine) refresh(ctx context.Context) error {
 			disabled[name] = true
 		}
 	}
-	e.members.mu.Lock()
-	e.members.disabled = disabled
-	e.members.mu.Unlock()
+	e.disable(disabled)
 	if e.Refresh == nil {
 		return nil
 	}
@@ -473,6 +473,52 @@ func (e *Engine) refresh(ctx context.Context) error {
 
 // Refreshed returns once what was set in the store is in force here.
 func (e *Engine) Refreshed(ctx context.Context) error { return e.refresh(ctx) }
+
+// disable has calls of these execution types fail, and of no others: those that wait, too.
+func (e *Engine) disable(types map[string]bool) {
+	e.members.mu.Lock()
+	news := false
+	for name := range types {
+		if e.members.disabled[name] {
+			continue
+		}
+		news = true
+		if c := e.members.waits[name]; c != nil {
+			close(c)
+			delete(e.members.waits, name) // who waits from now on has a new one
+		}
+	}
+	e.members.disabled = types
+	e.members.mu.Unlock()
+	if news {
+		e.unparkDisabled()
+	}
+}
+
+// whenDisabled gives a channel that is closed once an execution type is disabled.
+func (e *Engine) whenDisabled(executionType string) <-chan struct{} {
+	e.members.mu.Lock()
+	defer e.members.mu.Unlock()
+	if e.members.disabled[executionType] {
+		c := make(chan struct{})
+		close(c)
+		return c
+	}
+	c := e.members.waits[executionType]
+	if c == nil {
+		c = make(chan struct{})
+		e.members.waits[executionType] = c
+	}
+	return c
+}
+
+// errDisabled ends the wait of an attempt whose execution type was disabled.
+var errDisabled = errors.New("the execution type is disabled")
+
+// DisabledError is what an attempt of a disabled execution type fails with.
+func DisabledError(executionType string) *fault.Error {
+	return fault.New(fault.Disabled, "execution type %s is disabled; `specql execution-types --enable %[1]s` enables it", executionType)
+}
 
 // disabled says whether calls of an execution type fail.
 func (e *Engine) disabled(executionType string) bool {

@@ -11,11 +11,13 @@ type parking struct {
 	timer *time.Timer // nil for one that only a signal wakes
 	// signal is the highest id of a signal that the walk has seen; those it does not wait for do not wake it again.
 	signal int64
+	// retries is the execution type of the attempt that the run sleeps before; empty for another sleep.
+	retries string
 }
 
 // mayPark tells whether a run that sleeps until a time, a zero one for ever, is parked, and has its walk end for that. Everything
-// the walk has to say is durable by then.
-func (r *run) mayPark(ctx context.Context, until time.Time) bool {
+// the walk has to say is durable by then. executionType is that of the attempt that it sleeps before, if it does.
+func (r *run) mayPark(ctx context.Context, until time.Time, executionType string) bool {
 	after := r.e.ParkAfter
 	if after <= 0 || !until.IsZero() && until.Sub(r.e.Clock.Now()) < after {
 		return false
@@ -27,7 +29,7 @@ func (r *run) mayPark(ctx context.Context, until time.Time) bool {
 	case r.forks > 0 || r.live != 1 || r.asleep != 1:
 	case r.next.dirty || r.inflight != nil || r.pumping || len(r.out) > 0:
 	default:
-		r.parks, r.wakeAt = true, until
+		r.parks, r.wakeAt, r.retries = true, until, executionType
 	}
 	return r.parks
 }
@@ -44,10 +46,10 @@ func (e *Engine) park(r *run) (again bool) {
 	case e.draining:
 		e.handOver(r.id)
 		return false
-	case r.asked:
+	case r.asked, r.retries != "" && e.disabled(r.retries):
 		return true
 	}
-	p := &parking{}
+	p := &parking{retries: r.retries}
 	for _, s := range r.signals {
 		p.signal = max(p.signal, s.ID)
 	}
@@ -70,6 +72,21 @@ func (e *Engine) unpark(id string, signal int64) {
 	e.mu.Unlock()
 	if wakes {
 		e.resume(id)
+	}
+}
+
+// unparkDisabled walks the parked runs again whose next attempt is of a disabled execution type: it fails at once.
+func (e *Engine) unparkDisabled() {
+	var ids []string
+	e.mu.Lock()
+	for id, p := range e.parked {
+		if p.retries != "" && e.disabled(p.retries) {
+			ids = append(ids, id)
+		}
+	}
+	e.mu.Unlock()
+	for _, id := range ids {
+		e.unpark(id, 0)
 	}
 }
 

@@ -66,6 +66,7 @@ type run struct {
 	// somebody wanted something of the walk meanwhile.
 	parks, left, asked bool
 	wakeAt             time.Time
+	retries            string // the execution type of the attempt that it sleeps before, if it does
 
 	// lost is why the journal took no record; the walk ends and someone else goes on.
 	lost error

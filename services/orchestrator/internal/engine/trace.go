@@ -112,7 +112,7 @@ func (r *run) dispatch(ctx context.Context, n *plan.Call, job *store.Job, reserv
 	}
 	r.e.Observer.AttemptBegan(job.ExecutionType)
 	began := r.e.Clock.Now()
-	out := r.e.Dispatcher.Execute(ctx, &Call{Job: job, Node: n, Epoch: r.epoch(), Subject: job.TriggeredBy, Reserved: reserved}, r.sink(job))
+	out := r.e.Dispatcher.Execute(ctx, &Call{Job: job, Node: n, Epoch: r.epoch(), Subject: job.TriggeredBy, Reserved: reserved, Disabled: r.e.whenDisabled(job.ExecutionType)}, r.sink(job))
 	out.took = r.e.Clock.Now().Sub(began)
 	r.e.Observer.AttemptEnded(ctx, job.ExecutionType, out.Queued, out.took)
 	if out.Err == nil {

@@ -425,7 +425,7 @@ func (r *run) pause(ctx context.Context, s *store.Step, ready func() bool) error
 		return err
 	}
 	r.sleep()
-	err := r.idle(ctx, s.Until, ready)
+	err := r.idle(ctx, s.Until, ready, "")
 	if werr := r.wake(ctx); werr != nil && (err == nil || errors.Is(err, errSignal)) {
 		err = werr
 	}
@@ -437,9 +437,17 @@ func (r *run) pause(ctx context.Context, s *store.Step, ready func() bool) error
 	return err
 }
 
-// idle waits until a time, a zero one for ever, or until ready says that it need not.
-func (r *run) idle(ctx context.Context, until time.Time, ready func() bool) error {
-	if (ready == nil || !ready()) && r.mayPark(ctx, until) {
+// idle waits until a time, a zero one for ever, or until ready says that it need not. Where it waits for the next
+// attempt of a call, it ends once that call's execution type is disabled.
+func (r *run) idle(ctx context.Context, until time.Time, ready func() bool, executionType string) error {
+	var disabled <-chan struct{}
+	if executionType != "" {
+		if r.e.disabled(executionType) {
+			return errDisabled
+		}
+		disabled = r.e.whenDisabled(executionType)
+	}
+	if (ready == nil || !ready()) && r.mayPark(ctx, until, executionType) {
 		return ErrHandBack
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -462,19 +470,21 @@ func (r *run) idle(ctx context.Context, until time.Time, ready func() bool) erro
 		case err := <-timer:
 			return err
 		case <-signalled:
+		case <-disabled:
+			return errDisabled
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 	}
 }
 
-// doze waits with nothing to do but the time to pass, without a slot.
-func (r *run) doze(ctx context.Context, d time.Duration) error {
+// doze waits for the time of a job's next attempt, without a slot. It returns errDisabled once there is not to be one.
+func (r *run) doze(ctx context.Context, d time.Duration, job *store.Job) error {
 	before := telemetry.Enter(ctx, "pause")
 	defer telemetry.Enter(ctx, before)
 	r.sleep()
-	err := r.idle(ctx, r.e.Clock.Now().Add(d), nil)
-	if werr := r.wake(ctx); err == nil {
+	err := r.idle(ctx, r.e.Clock.Now().Add(d), nil, job.ExecutionType)
+	if werr := r.wake(ctx); err == nil || werr != nil && errors.Is(err, errDisabled) {
 		err = werr
 	}
 	return err
