@@ -127,7 +127,14 @@ func dev(t *testing.T, args ...string) (address string, p *process) {
 
 func devIn(t *testing.T, dir string, args ...string) (address string, p *process) {
 	t.Helper()
+	return devWith(t, dir, nil, args...)
+}
+
+// devWith is devIn with more in the mesh's environment.
+func devWith(t *testing.T, dir string, env []string, args ...string) (address string, p *process) {
+	t.Helper()
 	cmd := program(context.WithoutCancel(t.Context()), dir, append([]string{"dev", "--listen", "127.0.0.1:0", "--console", "127.0.0.1:0"}, args...)...)
+	cmd.Env = append(cmd.Env, env...)
 	p = &process{cmd: cmd, err: &said{}, done: make(chan struct{})}
 	cmd.Stderr = p.err
 	out, err := cmd.StdoutPipe()
