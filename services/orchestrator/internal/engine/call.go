@@ -333,6 +333,7 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 		out := &Outcome{Err: refused, Unused: true}
 		if refused == nil {
 			out = r.dispatch(ctx, n, &snapshot, slot.reserved())
+			dropAbsurd(out.Usage)
 		}
 		slot.end(r, out)
 		if out.Unused && out.Err != nil && out.Err.Code == fault.Disabled {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -140,6 +141,7 @@ func (r *run) admission(ctx context.Context, n *plan.Call, job *store.Job, chang
 		take := *s.take // each record has its own
 		r.note(func(rec *store.Record) { rec.Takes = append(rec.Takes, &take) })
 		if err := r.flush(ctx); err != nil {
+			r.cancelTake(&take)
 			return nil, nil, err
 		}
 		res := take.Result
@@ -164,6 +166,18 @@ func (r *run) admission(ctx context.Context, n *plan.Call, job *store.Job, chang
 			return nil, refused, err
 		}
 	}
+}
+
+// cancelTake sees to it that a take of which the answer is not waited for counts nowhere: it is not asked for any more, or what
+// it may get is given back by the next record.
+func (r *run) cancelTake(take *store.Take) {
+	r.note(func(rec *store.Record) {
+		if i := slices.Index(rec.Takes, take); i >= 0 {
+			rec.Takes = slices.Delete(rec.Takes, i, i+1)
+			return
+		}
+		rec.Ends = append(rec.Ends, store.SlotEnd{ID: take.ID, JobID: take.JobID, Unused: true})
+	})
 }
 
 // overBudget is the failure of an attempt for which a budget has no room: not even once all that is reserved for the attempts

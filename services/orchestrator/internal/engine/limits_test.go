@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -251,6 +252,46 @@ func TestWaitEnds(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, e.Wait(t.Context(), waiting.ID))
 	require.Len(t, w.seen(), 1)
+}
+
+// TestCancelledTake: a run that is cancelled while it is not known yet whether it got its slot leaves nothing that counts.
+func TestCancelledTake(t *testing.T) {
+	w := newWorld(t)
+	w.limit("echo", rate("echo", 5, time.Hour))
+	asked, answer := make(chan struct{}), make(chan struct{})
+	e := w.begin(&spyJournal{before: func(r *store.Record) error {
+		if len(r.Takes) > 0 {
+			close(asked)
+			<-answer
+		}
+		return nil
+	}}, nil)
+	// The pause parts the record that takes the slot from the one that Start waits for.
+	run, err := e.Start(t.Context(), w.request("actions:\n  - wait: {seconds: 1}\n  - call_service: {service: svc, operation: echo, input: {amount: 1}}\n", nil))
+	require.NoError(t, err)
+	<-asked
+	cancelled := make(chan error, 1)
+	go func() { cancelled <- e.Cancel(t.Context(), run.ID, "enough") }()
+	<-time.After(100 * time.Millisecond) // so that the cancel most likely comes before the answer; whichever does, the test holds
+	close(answer)
+	require.NoError(t, <-cancelled)
+	require.Zero(t, w.usage("echo").Used)
+	require.Empty(t, w.seen())
+}
+
+// TestAbsurdUsage: what no runner can have measured is not recorded, and makes no sum of others a number that is none.
+func TestAbsurdUsage(t *testing.T) {
+	w := newWorld(t)
+	w.behave["echo"] = func(context.Context, *engine.Call, map[string]any) *engine.Outcome {
+		return &engine.Outcome{Output: []byte(`{}`), Usage: &runnerv1.ResourceUsage{
+			CostUsd: new(math.Inf(1)), CpuSeconds: new(math.NaN()), MemoryMb: new(-1.0), PeakMemoryMb: new(1e300), DiskReadMb: new(2.5), DurationSeconds: new(1.5),
+		}}
+	}
+	run := w.run(w.start(), oneCall, nil)
+	require.Equal(t, store.Completed, run.Status)
+	h, err := w.store.History(t.Context(), run.ID)
+	require.NoError(t, err)
+	require.JSONEq(t, `{"duration_seconds": 1.5, "disk_read_mb": 2.5, "attempts": 1}`, string(h.Jobs[0].ResourceUsage))
 }
 
 // TestLimitAfterCrash: the attempt that was in flight counts on, the next one takes a slot of its own, and one that waited is

@@ -6,6 +6,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
@@ -18,6 +19,21 @@ func protoJSON(m proto.Message) json.RawMessage {
 		return nil
 	}
 	return b
+}
+
+// mostUsed is more than an attempt uses of anything, in any unit.
+const mostUsed = 1e12
+
+// dropAbsurd clears figures of a runner that nothing can be counted with: sums of them would be no numbers, and reports, alerts
+// and budgets of everybody with them.
+func dropAbsurd(u *runnerv1.ResourceUsage) {
+	m := u.ProtoReflect()
+	m.Range(func(fd protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		if fd.Kind() == protoreflect.DoubleKind && !fd.IsList() && !(v.Float() >= 0 && v.Float() <= mostUsed) { // NaN is neither
+			m.Clear(fd)
+		}
+		return true
+	})
 }
 
 // restoreUsage reads what earlier attempts used.

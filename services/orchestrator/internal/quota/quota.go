@@ -4,6 +4,7 @@
 package quota
 
 import (
+	"cmp"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -25,7 +26,8 @@ type Lines struct {
 }
 
 type line struct {
-	places []*Place
+	places []*Place // in the order of their tickets
+	last   uint64   // the ticket of who came last
 	// timer lets the first one ask when there may be room; nil for none.
 	timer *time.Timer
 	at    time.Time
@@ -33,8 +35,9 @@ type line struct {
 
 // Place is one attempt's place in a line.
 type Place struct {
-	lines *Lines
-	key   string
+	lines  *Lines
+	key    string
+	ticket uint64
 	// turn has a token while the attempt may ask.
 	turn   chan struct{}
 	asking bool
@@ -59,9 +62,16 @@ func (l *Lines) Join(key string) *Place {
 		q = &line{}
 		l.lines[key] = q
 	}
-	p := &Place{lines: l, key: key, turn: make(chan struct{}, 1)}
+	q.last++
+	p := &Place{lines: l, key: key, ticket: q.last, turn: make(chan struct{}, 1)}
 	q.places = append(q.places, p)
 	return p
+}
+
+// find is the index of a place; false where it has left.
+func (q *line) find(p *Place) (int, bool) {
+	i, ok := slices.BinarySearchFunc(q.places, p.ticket, func(other *Place, ticket uint64) int { return cmp.Compare(other.ticket, ticket) })
+	return i, ok && q.places[i] == p
 }
 
 // Turn has a token when the attempt is to ask for its slot.
@@ -71,7 +81,8 @@ func (p *Place) Turn() <-chan struct{} { return p.turn }
 func (p *Place) Ahead() int {
 	p.lines.mu.Lock()
 	defer p.lines.mu.Unlock()
-	return max(0, slices.Index(p.lines.lines[p.key].places, p))
+	i, _ := p.lines.lines[p.key].find(p)
+	return i
 }
 
 // Refused says that there was no room, and when there may be some; zero where nobody knows. The place stays.
@@ -92,11 +103,11 @@ func (p *Place) Leave(free int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	q := l.lines[p.key]
-	i := -1
-	if q != nil {
-		i = slices.Index(q.places, p)
+	if q == nil {
+		return
 	}
-	if i < 0 {
+	i, ok := q.find(p)
+	if !ok {
 		return // it has left already
 	}
 	q.places = slices.Delete(q.places, i, i+1)
