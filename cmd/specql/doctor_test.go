@@ -124,3 +124,36 @@ func TestDoctorSeesClocks(t *testing.T) {
 	message := decode[diagnosis](t, r.out).of("database", "error")["clock"]
 	require.Regexp(t, `^(1h0m0|59m59)(\.\d+)?s ahead of this machine's`, message)
 }
+
+// TestDoctorSeesUnsetVariables: a runner alone knows its environment, and is asked.
+func TestDoctorSeesUnsetVariables(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	require.NoError(t, os.MkdirAll(filepath.Join(dir, "registry"), 0o700))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "registry", "service_registry.yaml"), []byte(`services:
+  - name: billing
+    type: t
+    category: c
+    runner_config:
+      base_url: "http://127.0.0.1:1"
+      auth_type: bearer
+      auth_config:
+        token_env_var: BILLING_TOKEN
+    security_policy: {allow_private_networks: true}
+    operations: [{name: charge}]
+`), 0o600))
+	warnings := func(env ...string) map[string]string {
+		address, _ := devWith(t, dir, env, "--data", filepath.Join(t.TempDir(), "data"))
+		r := specql(t, dir, "doctor", "-o", "json", "--address", address)
+		require.Equal(t, 0, r.status, r.out+r.err)
+		require.NotContains(t, r.out, "sk_of_the_test")
+		return decode[diagnosis](t, r.out).of("registry", "warning")
+	}
+	found := warnings()
+	require.Len(t, found, 1)
+	for place, message := range found {
+		require.Regexp(t, `service_registry\.yaml:9:\d+$`, place)
+		require.Contains(t, message, "BILLING_TOKEN is not set in the runner's environment")
+	}
+	require.Empty(t, warnings("BILLING_TOKEN=sk_of_the_test"))
+}

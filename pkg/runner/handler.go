@@ -225,7 +225,10 @@ func (h *Handler) validate(ctx context.Context, req *runnerv1.ValidateRequest) (
 		}
 		s.Operations = append(s.Operations, Operation{Name: o.GetName(), Config: config})
 	}
-	return h.runner.Validate(ctx, s)
+	if problems, err = h.runner.Validate(ctx, s); err != nil {
+		return nil, err
+	}
+	return append(problems, unset(s.Config, problems)...), nil
 }
 
 // Limits implements RunnerService.
