@@ -45,7 +45,7 @@ func FuzzReadPolicy(f *testing.F) {
 
 // FuzzSince reads how far back a report looks.
 func FuzzSince(f *testing.F) {
-	for _, text := range []string{"24h", "7d", "-1d", "NaNd", "1e300d", "all", "2026-01-31T12:00:00Z", "0001-01-01T00:00:00Z", ""} {
+	for _, text := range []string{"24h", "7d", "-1d", "NaNd", "1e300d", "all", "2026-01-31T12:00:00Z", "0001-01-01T00:00:00Z", "0000-01-01T00:00:00Z", ""} {
 		f.Add(text)
 	}
 	now := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)

@@ -34,7 +34,11 @@ func (f *since) time(now time.Time) (*timestamppb.Timestamp, error) {
 		return nil, nil
 	}
 	if at, err := time.Parse(time.RFC3339, f.text); err == nil {
-		return timestamppb.New(at), nil
+		since := timestamppb.New(at)
+		if err := since.CheckValid(); err != nil { // the year 0
+			return nil, misuse("--since %q is no time of the years 1 to 9999", f.text)
+		}
+		return since, nil
 	}
 	text := f.text
 	if days, ok := strings.CutSuffix(text, "d"); ok {
