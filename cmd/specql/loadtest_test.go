@@ -165,35 +165,40 @@ func TestLoadTest(t *testing.T) {
 		r = at("--service", "cloud", "--requests", "2", "--allow-cost")
 		require.NotContains(t, r.err, "may cost money")
 	})
-	t.Run("interrupted", func(t *testing.T) {
-		cmd := program(t.Context(), dir, "load-test", "--service", "script", "--duration", "1h", "-o", "json", "--address", address)
-		var out said
-		cmd.Stdout = &out
-		errs := &said{}
-		cmd.Stderr = errs
-		before := listedRuns(t, dir, address)
-		require.NoError(t, cmd.Start())
-		require.Eventually(t, func() bool { return listedRuns(t, dir, address) != before }, time.Minute, 20*time.Millisecond)
-		require.NoError(t, cmd.Process.Signal(syscall.SIGINT))
-		require.NoError(t, cmd.Wait(), errs.String())
-		got := decode[loadTest](t, out.String())
-		require.True(t, got.Interrupted)
-		require.Positive(t, got.Completed)
-	})
+	for _, args := range [][]string{{"load-test", "--duration", "1h"}, {"profile", "--requests", "10000"}} {
+		t.Run("interrupted "+args[0], func(t *testing.T) {
+			file := filepath.Join(dir, args[0]+".html")
+			cmd := program(t.Context(), dir, append(args, "--service", "script", "--report", file, "-o", "json", "--address", address)...)
+			var out, errs said
+			cmd.Stdout, cmd.Stderr = &out, &errs
+			before := listedRuns(t, dir, address)
+			require.NoError(t, cmd.Start())
+			require.Eventually(t, func() bool { return listedRuns(t, dir, address) != before }, time.Minute, 20*time.Millisecond)
+			require.NoError(t, cmd.Process.Signal(syscall.SIGINT))
+			require.NoError(t, cmd.Wait(), errs.String())
+			got := decode[loadTest](t, out.String())
+			require.True(t, got.Interrupted)
+			require.Greater(t, got.Requests, got.Failed)
+			page, err := os.ReadFile(file)
+			require.NoError(t, err)
+			require.Contains(t, string(page), "script.echo: the test was ended early.")
+		})
+	}
 	t.Run("misuse", func(t *testing.T) {
 		for want, args := range map[string][]string{
-			"--service is needed":                                          {},
-			`there is no service "wbe"; the`:                               {"--service", "wbe"},
-			"several operations: say which with --operation: count, flaky": {"--service", "web"},
-			`has no operation "x"; it has: count`:                          {"--service", "web", "--operation", "x"},
-			"--concurrency must be between 1":                              {"--service", "web", "--concurrency", "0"},
-			"--requests must be between 1":                                 {"--service", "web", "--requests", "0"},
-			"give one of them":                                             {"--service", "web", "--requests", "1", "--duration", "1s"},
-			"--rate must be above 0":                                       {"--service", "web", "--rate", "NaN"},
-			"--duration must be above 0":                                   {"--service", "web", "--duration", "-1s"},
-			"--input is not JSON":                                          {"--service", "web", "--input", "{"},
-			"--report":                                                     {"--service", "web", "--operation", "count", "--report", filepath.Join(dir, "no", "such", "folder.html")},
-			"web.count: ":                                                  {"--service", "web", "--operation", "count", "--input", `{"name": 5, "size": 3}`},
+			"--service is needed":                                           {},
+			`there is no service "wbe"; the`:                                {"--service", "wbe"},
+			"several operations: say which with --operation: count, flaky":  {"--service", "web"},
+			`no service "web.count"; write --service web --operation count`: {"--service", "web.count"},
+			`has no operation "x"; it has: count`:                           {"--service", "web", "--operation", "x"},
+			"--concurrency must be between 1":                               {"--service", "web", "--concurrency", "0"},
+			"--requests must be between 1":                                  {"--service", "web", "--requests", "0"},
+			"give one of them":                                              {"--service", "web", "--requests", "1", "--duration", "1s"},
+			"--rate must be above 0":                                        {"--service", "web", "--rate", "NaN"},
+			"--duration must be above 0":                                    {"--service", "web", "--duration", "-1s"},
+			"--input is not JSON":                                           {"--service", "web", "--input", "{"},
+			"--report":                                                      {"--service", "web", "--operation", "count", "--report", filepath.Join(dir, "no", "such", "folder.html")},
+			"web.count: ":                                                   {"--service", "web", "--operation", "count", "--input", `{"name": 5, "size": 3}`},
 		} {
 			r := at(args...)
 			require.Equal(t, 2, r.status, "%v: %s", args, r.err)
@@ -241,7 +246,7 @@ func TestBenchmark(t *testing.T) {
 		"has script.echo twice":      {"--services", "script", "script.echo"},
 		`there is no service "webs"`: {"--services", "script", "webs.count"},
 		`has no operation "x"`:       {"--services", "web.x"},
-		"several operations":         {"--services", "web"},
+		"several operations: say which as SERVICE.OPERATION: count, flaky": {"--services", "web"},
 	} {
 		r = at(args...)
 		require.Equal(t, 2, r.status, args)

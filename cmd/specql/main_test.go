@@ -278,6 +278,9 @@ func TestARunsLife(t *testing.T) {
 		require.Equal(t, "cancelled", got.Status)
 		require.Equal(t, "CANCELLED", got.Error.Code)
 		require.Contains(t, got.Error.Message, "enough")
+		r = specql(t, dir, at("runs", "list", "--page", "odd")...)
+		require.Equal(t, 2, r.status)
+		require.Contains(t, r.err, `--page "odd" is not the nextPageToken`)
 		r = specql(t, dir, at("runs", "list", "--entity", "note", "--action", "sleep")...)
 		require.Equal(t, 0, r.status)
 		require.Contains(t, r.out, id)
@@ -369,7 +372,11 @@ func TestMisuse(t *testing.T) {
 	}{
 		{[]string{"bogus"}, `unknown command "bogus"`},
 		{[]string{"runs", "bogus"}, `unknown command "bogus"`},
+		{[]string{"completion", "zhs"}, `unknown command "zhs"`},
+		{[]string{"help", "bogus"}, `unknown command "bogus"`},
 		{[]string{"runs", "show"}, "accepts 1 arg"},
+		{[]string{"runs", "list", "--limit", "0"}, "--limit must be between 1 and 1000"},
+		{[]string{"runs", "list", "--limit", "-5"}, "--limit must be between 1 and 1000"},
 		{[]string{"runs", "list", "--status", "odd"}, "completed"},
 		{[]string{"runs", "list", "-o", "yaml"}, "text or json"},
 		{[]string{"execute-job"}, "--entity"},
@@ -413,9 +420,16 @@ func TestVersionHelpAndCompletion(t *testing.T) {
 	r = specql(t, t.TempDir(), "completion", "bash")
 	require.Equal(t, 0, r.status)
 	require.Contains(t, r.out, "specql")
-	r = specql(t, t.TempDir(), "--help")
-	require.Equal(t, 0, r.status)
-	require.Contains(t, r.out, "execute-job")
+	for _, args := range [][]string{{"--help"}, {"help"}} {
+		r = specql(t, t.TempDir(), args...)
+		require.Equal(t, 0, r.status)
+		require.Contains(t, r.out, "execute-job")
+	}
+	for want, args := range map[string][]string{"powershell": {"completion"}, "--limit": {"help", "runs", "list"}} {
+		r = specql(t, t.TempDir(), args...)
+		require.Equal(t, 0, r.status, r.err)
+		require.Contains(t, r.out, want)
+	}
 }
 
 func TestValidateConfig(t *testing.T) {

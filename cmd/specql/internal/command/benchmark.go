@@ -1,8 +1,6 @@
 package command
 
 import (
-	"strings"
-
 	"github.com/spf13/cobra"
 
 	"github.com/specql/mesh/cmd/specql/internal/report"
@@ -41,14 +39,8 @@ func newBenchmark(s IO) *cobra.Command {
 		var targets []*target
 		seen := map[string]bool{}
 		for _, name := range names {
-			service, operation := name, ""
-			if _, err := findService(services, name); err != nil {
-				// The names of services may hold dots, too: the last one is before the operation.
-				if i := strings.LastIndexByte(name, '.'); i > 0 {
-					service, operation = name[:i], name[i+1:]
-				}
-			}
-			t, err := findTarget(services, service, operation, input)
+			service, operation := splitTarget(services, name)
+			t, err := findTarget(services, service, operation, "as SERVICE.OPERATION", input)
 			if err != nil {
 				return err
 			}

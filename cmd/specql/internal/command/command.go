@@ -152,7 +152,24 @@ func newRoot(s IO) *cobra.Command {
 		newDev(s), newDemo(s), newExecuteJob(s), newRuns(s), newRunners(s), newValidateConfig(s), newMigrationCheck(s), newCerts(s), newToken(s),
 		newGenerateSchema(s), newMigrateSchema(s), newValidateSchema(s), newCheckPermissions(s), newExecutionTypes(s), newRollback(s), newLoadTest(s), newProfile(s), newBenchmark(s), newResourceCheck(s), newSecurityAudit(s), newDoctor(s), newAlerts(s),
 	)
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
 	for _, c := range descendants(root) {
+		switch c.CommandPath() {
+		case "specql completion":
+			// Cobra prints help for a shell that it does not know, as if that were asked for.
+			c.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+		case "specql help":
+			c.RunE = func(cmd *cobra.Command, args []string) error {
+				about, _, err := cmd.Root().Find(args)
+				if err != nil {
+					return &usageError{err}
+				}
+				about.InitDefaultHelpFlag()
+				about.InitDefaultVersionFlag()
+				return about.Help()
+			}
+		}
 		s.trace(c)
 		if args := c.Args; args != nil {
 			c.Args = func(cmd *cobra.Command, a []string) error {

@@ -147,8 +147,20 @@ func findService(services []*specqlv1.ServiceInfo, name string) (*specqlv1.Servi
 	return nil, misuse("there is no service %q; the registry in force has: %s", name, strings.Join(names, ", "))
 }
 
+// splitTarget divides SERVICE.OPERATION. The names of services may hold dots, too: the last one is before the operation.
+func splitTarget(services []*specqlv1.ServiceInfo, name string) (service, operation string) {
+	if _, err := findService(services, name); err == nil {
+		return name, ""
+	}
+	if i := strings.LastIndexByte(name, '.'); i > 0 {
+		return name[:i], name[i+1:]
+	}
+	return name, ""
+}
+
 // findTarget finds an operation of a service, the only one where none is named, and its input.
-func findTarget(services []*specqlv1.ServiceInfo, service, operation string, input json.RawMessage) (*target, error) {
+// How says how this command names an operation.
+func findTarget(services []*specqlv1.ServiceInfo, service, operation, how string, input json.RawMessage) (*target, error) {
 	s, err := findService(services, service)
 	if err != nil {
 		return nil, err
@@ -166,7 +178,7 @@ func findTarget(services []*specqlv1.ServiceInfo, service, operation string, inp
 	case len(names) == 0:
 		return nil, misuse("the service %s has no operations", s.GetName())
 	case operation == "":
-		return nil, misuse("the service %s has several operations: say which with --operation: %s", s.GetName(), strings.Join(names, ", "))
+		return nil, misuse("the service %s has several operations: say which %s: %s", s.GetName(), how, strings.Join(names, ", "))
 	default:
 		return nil, misuse("the service %s has no operation %q; it has: %s", s.GetName(), operation, strings.Join(names, ", "))
 	}
@@ -196,7 +208,12 @@ func (s IO) prepare(ctx context.Context, c *client.Client, l *loadFlags) (*targe
 	if err != nil {
 		return nil, err
 	}
-	t, err := findTarget(services, l.service, l.operation, input)
+	if s, o := splitTarget(services, l.service); o != "" && l.operation == "" {
+		if _, err := findService(services, s); err == nil {
+			return nil, misuse("there is no service %q; write --service %s --operation %s", l.service, s, o)
+		}
+	}
+	t, err := findTarget(services, l.service, l.operation, "with --operation", input)
 	if err != nil {
 		return nil, err
 	}

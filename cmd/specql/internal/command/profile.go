@@ -269,6 +269,7 @@ func (p *profile) document() jsonform.Object {
 		{Name: "requests", Value: len(p.latency.Samples)},
 		{Name: "profiled", Value: len(p.calls)},
 		{Name: "failed", Value: p.latency.Failed()},
+		{Name: "interrupted", Value: p.latency.Interrupted},
 		{Name: "totalSeconds", Value: spreadDocument(p.total())},
 		{Name: "phases", Value: phases},
 		{Name: "errors", Value: failures},
@@ -294,6 +295,9 @@ func (p *profile) lines(screen terminal.Screen) []string {
 	}
 	if p.without > 0 {
 		lines = append(lines, "", fmt.Sprintf("%s told nothing of their time: their runs waited for a place, or another orchestrator walked them", count(p.without, "call")))
+	}
+	if p.latency.Interrupted {
+		lines = append(lines, "", terminal.Clean(p.target.name())+": the calls were ended early")
 	}
 	return lines
 }

@@ -11,7 +11,6 @@ import (
 // Reference writes every command with its usage, flags and defaults, as Markdown.
 func Reference(w io.Writer) error {
 	root := newRoot(IO{In: strings.NewReader(""), Out: io.Discard, Err: io.Discard, LookupEnv: func(string) (string, bool) { return "", false }, Version: "reference"})
-	root.InitDefaultCompletionCmd()
 	var b strings.Builder
 	b.WriteString("# Every command and flag\n\nMade by `make generate` of what `specql COMMAND --help` prints. [cli.md](cli.md) explains the commands.\n" +
 		"A flag that is not given takes the value of the variable that stands with it, such as `SPECQL_ADDRESS`.\n\n")

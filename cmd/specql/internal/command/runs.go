@@ -13,7 +13,11 @@ import (
 	"github.com/specql/mesh/cmd/specql/internal/tree"
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
 	"github.com/specql/mesh/pkg/client"
+	"github.com/specql/mesh/pkg/fault"
 )
+
+// maxListed is how many runs a page has at most.
+const maxListed = 1000
 
 func newRuns(s IO) *cobra.Command {
 	cmd := &cobra.Command{Use: "runs", Short: "Lists, shows and steers runs", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
@@ -52,6 +56,9 @@ func newRunsList(s IO) *cobra.Command {
 	fs.Int32Var(&req.PageSize, "limit", 50, "at most so many, up to 1,000")
 	fs.StringVar(&req.PageToken, "page", "", "nextPageToken of the page before")
 	return withClient(s, cmd, func(cmd *cobra.Command, c *client.Client, _ *connection, out *output, _ []string) error {
+		if req.GetPageSize() < 1 || req.GetPageSize() > maxListed {
+			return misuse("--limit must be between 1 and %d", maxListed)
+		}
 		for _, name := range statuses {
 			n, ok := specqlv1.Status_value["STATUS_"+strings.ToUpper(name)]
 			if !ok || n == 0 {
@@ -60,6 +67,9 @@ func newRunsList(s IO) *cobra.Command {
 			req.Statuses = append(req.Statuses, specqlv1.Status(n))
 		}
 		runs, next, err := c.List(cmd.Context(), &req)
+		if f, ok := fault.As(err); ok && len(f.Violations) == 1 && f.Violations[0].Field == "page_token" {
+			return misuse("--page %q is not the nextPageToken of a page before", req.GetPageToken())
+		}
 		if err != nil {
 			return err
 		}

@@ -90,6 +90,7 @@ type row struct {
 	Colour                                    int
 	Name, ExecutionType, Load                 string
 	Requests, Failed, Unsent                  int
+	Interrupted                               bool
 	Throughput, P50, P90, P95, P99, Max, Mean string
 }
 
@@ -106,7 +107,7 @@ func newRow(i int, t Test) row {
 	at := func(p float64) string { return Seconds(load.Percentile(l, p)) }
 	return row{
 		Colour: i % colours, Name: t.Name, ExecutionType: t.ExecutionType, Load: t.Load,
-		Requests: len(t.Result.Samples), Failed: t.Result.Failed(), Unsent: t.Result.Unsent, Throughput: number(t.Result.Throughput()) + "/s",
+		Requests: len(t.Result.Samples), Failed: t.Result.Failed(), Unsent: t.Result.Unsent, Interrupted: t.Result.Interrupted, Throughput: number(t.Result.Throughput()) + "/s",
 		P50: at(0.50), P90: at(0.90), P95: at(0.95), P99: at(0.99), Max: at(1), Mean: Seconds(load.Mean(l)),
 	}
 }

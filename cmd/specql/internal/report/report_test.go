@@ -50,6 +50,7 @@ func TestWrite(t *testing.T) {
 	tests := []Test{made("api.get", 500, 2*time.Millisecond), made(`<b>sh.echo</b>`, 80, 50*time.Millisecond)}
 	require.NoError(t, Write(&b, "specql benchmark", time.Unix(0, 0), tests))
 	page := b.String()
+	require.NotContains(t, page, "ended early")
 	require.NotContains(t, page, "<script")
 	require.NotContains(t, page, "<b>sh")
 	require.Contains(t, page, "&lt;b&gt;sh.echo&lt;/b&gt;")
@@ -69,6 +70,15 @@ func TestWrite(t *testing.T) {
 	require.Len(t, points, 2+2*14, "14 of the 36 steps have calls between 2 ms and 14 ms, or lie between them")
 	require.Equal(t, []string{"210", "210"}, []string{strings.TrimSuffix(points[0][2], ".0"), strings.TrimSuffix(points[len(points)-1][2], ".0")})
 	require.Contains(t, drawn[0], ">10 ms</text>", "marks are round")
+}
+
+func TestWriteOfAnInterruptedTest(t *testing.T) {
+	t.Parallel()
+	var b bytes.Buffer
+	test := made("api.get", 5, time.Millisecond)
+	test.Result.Interrupted = true
+	require.NoError(t, Write(&b, "specql load-test", time.Unix(0, 0), []Test{test}))
+	require.Contains(t, b.String(), "api.get: the test was ended early.")
 }
 
 func TestWriteOfNothing(t *testing.T) {
