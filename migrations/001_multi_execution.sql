@@ -1290,5 +1290,6 @@ INSERT INTO jobs.tb_schema_version (version, name) VALUES
     (2, '002_limits'),
     (3, '003_alerts'),
     (4, '004_denials'),
-    (5, '005_traceparent')
+    (5, '005_traceparent'),
+    (6, '006_limits')
 ON CONFLICT DO NOTHING;

@@ -17,7 +17,7 @@ type Alerts interface {
 	AlertLeader(ctx context.Context) (string, error)
 	// SaveAlerts writes how alerts stand, forgets those that are not among them, and adds events, all at
 	// once; ErrFenced where owner does not evaluate alerts any more. Of each alert the newest
-	// MaxAlertEvents events are kept.
+	// MaxAlertEvents events are kept, of one that is not among the states for RemovedAlertLife.
 	SaveAlerts(ctx context.Context, owner string, states []*AlertState, events []*AlertEvent) error
 	// AlertStates returns how alerts stand, by name.
 	AlertStates(ctx context.Context) ([]*AlertState, error)
@@ -38,6 +38,9 @@ const AlertSubject = "system:alerts"
 
 // MaxAlertEvents is how many events of an alert are kept.
 const MaxAlertEvents = 100
+
+// RemovedAlertLife is for how long the events of an alert are kept that is not in the registry any more.
+const RemovedAlertLife = 30 * 24 * time.Hour
 
 // AlertState is a row of tb_alert.
 type AlertState struct {

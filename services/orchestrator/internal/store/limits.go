@@ -121,7 +121,7 @@ const MaxLimitKey = 1000
 
 // FoldSlots is how many rows of one key are counted at most before those that have ended are put together: into one
 // row for each sixtieth of the window, which counts as long as the last one in it.
-const FoldSlots = 1000
+const FoldSlots = 200
 
 // CostTolerance is what adding costs may have rounded, in US dollars.
 const CostTolerance = 1e-9

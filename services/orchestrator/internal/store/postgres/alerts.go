@@ -69,6 +69,10 @@ func (s *Store) SaveAlerts(ctx context.Context, owner string, states []*store.Al
 			if _, err := tx.Exec(ctx, "DELETE FROM jobs.tb_alert WHERE name <> ALL ($1::text[])", names); err != nil {
 				return err
 			}
+			_, err = tx.Exec(ctx, "DELETE FROM jobs.tb_alert_event WHERE alert <> ALL ($1::text[]) AND occurred_at < now() - make_interval(secs => $2)", names, store.RemovedAlertLife.Seconds())
+			if err != nil {
+				return err
+			}
 			for _, e := range events {
 				_, err := tx.Exec(ctx, `INSERT INTO jobs.tb_alert_event (id, alert, old_state, new_state, occurred_at, figures, notify_status, notify_input)
 					VALUES ($1::text::uuid, $2, $3, $4, $5, $6, $7, $8)`, e.ID, e.Alert, e.From, e.To, e.OccurredAt.UTC(), orEmpty(e.Figures), e.Notify, nullJSON(e.NotifyInput))

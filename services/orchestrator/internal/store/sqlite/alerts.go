@@ -87,6 +87,10 @@ func (s *Store) SaveAlerts(ctx context.Context, owner string, states []*store.Al
 		if _, err := w.exec("DELETE FROM jobs.tb_alert WHERE name NOT IN (SELECT value FROM json_each(?))", string(list)); err != nil {
 			return err
 		}
+		_, err = w.exec("DELETE FROM jobs.tb_alert_event WHERE alert NOT IN (SELECT value FROM json_each(?)) AND occurred_at < ?", string(list), timeValue(time.Now().Add(-store.RemovedAlertLife)))
+		if err != nil {
+			return err
+		}
 		for _, e := range events {
 			_, err := w.exec(`INSERT INTO jobs.tb_alert_event (id, alert, old_state, new_state, occurred_at, figures, notify_status, notify_input)
 				VALUES (?, ?, ?, ?, ?, ?, ?, ?)`, e.ID, e.Alert, e.From, e.To, timeValue(e.OccurredAt), orEmpty(e.Figures), e.Notify, jsonValue(e.NotifyInput))

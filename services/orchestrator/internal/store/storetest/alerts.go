@@ -88,6 +88,16 @@ func testAlerts(t *testing.T, st store.Store) {
 	require.NoError(t, err)
 	require.Len(t, events, store.MaxAlertEvents)
 
+	// Of one that is gone, what is old is forgotten, too.
+	old, young := event(time.Now().Add(-store.RemovedAlertLife-time.Hour), ""), event(time.Now().Add(-time.Hour), "")
+	old.Alert, young.Alert = "gone", "gone"
+	require.NoError(t, st.SaveAlerts(ctx, "a", []*store.AlertState{quiet}, []*store.AlertEvent{old, young}))
+	require.NoError(t, st.SaveAlerts(ctx, "a", []*store.AlertState{quiet}, nil))
+	events, err = st.AlertEvents(ctx, "gone", 10)
+	require.NoError(t, err)
+	require.Len(t, events, 1)
+	require.Equal(t, young.ID, events[0].ID)
+
 	// The lease lapses, and the next one has it all.
 	require.True(t, lead("a", time.Microsecond))
 	require.Eventually(t, func() bool { return lead("b", time.Minute) }, 10*time.Second, time.Millisecond)
