@@ -165,7 +165,8 @@ func newArena(t *testing.T, o Options) *arena {
 	require.NoError(t, err)
 	t.Cleanup(func() { _, err := unix.SysvShmCtl(id, unix.IPC_RMID, nil); require.NoError(t, err) })
 
-	c := a.call(hostile{attack: "victim"}, t.TempDir())
+	// It outlasts all attempts, however slow the machine is.
+	c := a.call(hostile{attack: "victim", with: func(p *Policy) { p.ResourceLimits.TimeoutSeconds = 3600 }}, t.TempDir())
 	c.Operation.Command[1] = victimArgument
 	other := runnertest.Begin(t, a.client, a.job(c))
 	other.Until(func(e *runnerv1.ExecuteResponse) bool { a.Victim = e.GetLog().GetText(); return a.Victim != "" })
