@@ -2,6 +2,7 @@ package shellrunner
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -292,14 +293,15 @@ func readProcess(pid int) (processInfo, error) {
 // parseProcess reads pid (name) state ppid pgrp session …; the name may hold anything.
 func parseProcess(data []byte) (processInfo, bool) {
 	f := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
-	if len(f) < 20 {
+	if len(f) < 20 || len(f[0]) != 1 || f[0][0] < 'A' || f[0][0] > 'z' {
 		return processInfo{}, false
 	}
 	p := processInfo{state: f[0][0]}
-	p.parent, _ = strconv.Atoi(f[1])
-	p.session, _ = strconv.Atoi(f[3])
-	p.start, _ = strconv.ParseUint(f[19], 10, 64)
-	return p, true
+	var errs [3]error
+	p.parent, errs[0] = strconv.Atoi(f[1])
+	p.session, errs[1] = strconv.Atoi(f[3])
+	p.start, errs[2] = strconv.ParseUint(f[19], 10, 64)
+	return p, errors.Join(errs[:]...) == nil
 }
 
 // ownThreads counts the threads of this user, which a limit on processes by user includes.

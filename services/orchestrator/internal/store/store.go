@@ -71,6 +71,23 @@ func (e *DuplicateError) Error() string {
 	return fmt.Sprintf("the idempotency key belongs to run %s", e.RunID)
 }
 
+// StateError is [ErrState], with the state that a run is in.
+type StateError struct{ Status Status }
+
+// Error implements error.
+func (e *StateError) Error() string { return fmt.Sprintf("%v: it is %s", ErrState, e.Status) }
+
+// Is says that this is [ErrState].
+func (e *StateError) Is(target error) bool { return target == ErrState }
+
+// SignalRefused is what AddSignal fails with, given what there is to say of the run: one that goes on has too many signals.
+func SignalRefused(err error) error {
+	if state, ok := errors.AsType[*StateError](err); ok && !state.Status.Final() {
+		return ErrFull
+	}
+	return err
+}
+
 // Run is a row of tb_workflow_run.
 type Run struct {
 	ID     string

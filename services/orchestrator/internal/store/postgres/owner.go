@@ -221,13 +221,10 @@ func (s *Store) ClaimRun(ctx context.Context, owner, runID string) (*store.Run, 
 // refused says why a run was not changed: ErrNotFound, or ErrState with the state it has.
 func (s *Store) refused(ctx context.Context, runID string) error {
 	status, err := first(ctx, s, pgx.RowTo[string], "SELECT status FROM jobs.tb_workflow_run WHERE id = $1", uuidValue(runID))
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
-	case !store.Status(status).Final():
-		return store.ErrFull // nothing else is refused to a run that goes on
 	}
-	return fmt.Errorf("%w: it is %s", store.ErrState, status)
+	return &store.StateError{Status: store.Status(status)}
 }
 
 // RequestCancel implements [store.Store]. The first reason stays.
@@ -262,7 +259,7 @@ func (s *Store) AddSignal(ctx context.Context, sig *store.Signal) error {
 		SELECT made.id FROM made CROSS JOIN LATERAL pg_notify('specql_request', $1::text)`,
 		uuidValue(sig.RunID), plain(sig.Name), nullText(sig.TakenBy), created, nullJSON(sig.Payload), store.MaxSignals, store.MaxSignalBytes)
 	if isNotFound(err) {
-		err = s.refused(ctx, sig.RunID)
+		err = store.SignalRefused(s.refused(ctx, sig.RunID))
 	}
 	if err != nil {
 		return fmt.Errorf("signal run %s: %w", sig.RunID, err)

@@ -67,13 +67,10 @@ func (w *writer) refused(runID string) error {
 	if errors.Is(err, sql.ErrNoRows) {
 		return store.ErrNotFound
 	}
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
-	case !store.Status(status).Final():
-		return store.ErrFull // nothing else is refused to a run that goes on
 	}
-	return fmt.Errorf("%w: it is %s", store.ErrState, status)
+	return &store.StateError{Status: store.Status(status)}
 }
 
 // RequestCancel implements [store.Store]. The first reason stays.
@@ -111,7 +108,7 @@ func (s *Store) AddSignal(ctx context.Context, sig *store.Signal) error {
 			RETURNING id`,
 			[]any{sig.Name, textValue(sig.TakenBy), timeValue(created), jsonValue(sig.Payload), sig.RunID, sig.RunID, store.MaxSignals, store.MaxSignalBytes}, &id)
 		if errors.Is(err, sql.ErrNoRows) {
-			return w.refused(sig.RunID)
+			return store.SignalRefused(w.refused(sig.RunID))
 		}
 		return err
 	})

@@ -2,6 +2,7 @@ package storetest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -334,7 +335,7 @@ func testConcurrentTakes(t *testing.T, st store.Store) {
 				takes = append(takes, take)
 				records = append(records, &store.Record{RunID: run.ID, Epoch: 1, Sequence: seq, NewJobs: []*store.Job{job}, Takes: []*store.Take{take}})
 			}
-			if err := appendAll(ctx, st, records...); err != nil {
+			if err := appendPatiently(ctx, st, records...); err != nil {
 				return err
 			}
 			seq++
@@ -348,7 +349,7 @@ func testConcurrentTakes(t *testing.T, st store.Store) {
 				mu.Unlock()
 				end.Ends = append(end.Ends, store.SlotEnd{ID: take.ID, JobID: take.JobID})
 			}
-			if err := appendAll(ctx, st, end); err != nil {
+			if err := appendPatiently(ctx, st, end); err != nil {
 				return err
 			}
 		}
@@ -361,6 +362,27 @@ func testConcurrentTakes(t *testing.T, st store.Store) {
 		}
 	}
 	require.Greater(t, len(seen), enough, "and slots are used")
+}
+
+// appendPatiently writes records as a journal does: what somebody's lock is in the way of is written later.
+func appendPatiently(ctx context.Context, st store.Store, records ...*store.Record) error {
+	for len(records) > 0 {
+		results, err := st.Commit(ctx, records)
+		if err != nil {
+			return err
+		}
+		var busy []*store.Record
+		for i, err := range results {
+			switch {
+			case errors.Is(err, store.ErrBusy):
+				busy = append(busy, records[i])
+			case err != nil:
+				return err
+			}
+		}
+		records = busy
+	}
+	return nil
 }
 
 // testHostileLimits: what the database does not take fails its own record alone.
