@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/runner/runnertest"
@@ -195,4 +196,23 @@ func TestEnvironmentTakesScalars(t *testing.T) {
 	o = runnertest.Execute(t, s.client, j)
 	require.NoError(t, o.Err)
 	require.Equal(t, "VALIDATION", o.Code())
+}
+
+// One file system below a working directory that cannot map users leaves the others mapped.
+func TestFilesAreTheJobsBesideAForeignMount(t *testing.T) {
+	s := newShell(t, Options{})
+	if os.Getuid() != 0 || !s.r.box.contained() {
+		t.Skip("only root mounts, and only name spaces map users")
+	}
+	dir := t.TempDir()
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "own"), []byte("mine"), 0o600))
+	below := filepath.Join(dir, "below")
+	require.NoError(t, os.Mkdir(below, 0o700))
+	require.NoError(t, unix.Mount("proc", below, "proc", unix.MS_RDONLY, "")) // proc maps no users
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(below, unix.MNT_DETACH)) })
+	out := s.ok(call{
+		Config: Config{WorkingDirectory: dir}, Policy: Policy{AllowedCommands: []string{"/usr/bin/cat"}},
+		Operation: Operation{Command: []string{"/usr/bin/cat", "own"}},
+	})
+	require.Equal(t, "mine", out["stdout"])
 }

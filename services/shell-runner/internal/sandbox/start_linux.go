@@ -749,8 +749,15 @@ func (b *building) open(path string, mapped bool) error {
 	if err != nil {
 		return err
 	}
-	err = unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(space)}) //nolint:gosec // a descriptor
-	if err != nil {
+	mapping := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(space)} //nolint:gosec // a descriptor
+	whole := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, mapping)
+	if whole == nil {
+		return nil
+	}
+	// One file system below that cannot map users is no reason to map none.
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, mapping); err == nil {
+		b.process.Notes = append(b.process.Notes, fmt.Sprintf("what is mounted below %s keeps its owners, and the command is none of them (a file system there cannot map users: %v)", path, whole))
+	} else {
 		b.process.Notes = append(b.process.Notes, fmt.Sprintf("the files of %s keep their owners, and the command is none of them (the file system cannot map users: %v); "+
 			"what it needs there must be open to all users", path, err))
 	}
