@@ -61,6 +61,7 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 	only := fs.String("shapes", ".", "regular expression: the workloads to measure, such as '1 step x 32'")
 	serve := fs.Bool("serve", false, "start everything, print the addresses and wait, to look at it by other means")
 	sleepers := fs.Int("sleepers", 0, "measure what so many sleeping runs cost, and nothing else")
+	withPeers := fs.Bool("peers", false, "measure DBOS Transact and Temporal in the same shapes, in turn")
 	guard := fs.Bool("guard", false, "fail where a count or a ratio to a floor is beyond its bound, whose margin is wide")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -110,6 +111,20 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 	if err := b.warmUp(ctx, s.client); err != nil {
 		return err
 	}
+	var peers []*peer
+	if *withPeers {
+		if err := buildPeers(ctx, *root, b.bin); err != nil {
+			return err
+		}
+		if peers, err = b.startPeers(ctx); err != nil {
+			return err
+		}
+		defer func() {
+			for _, p := range peers {
+				p.end()
+			}
+		}()
+	}
 	for n := range *repeat {
 		if err := b.measureFloors(ctx); err != nil {
 			return err
@@ -121,6 +136,13 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 				}
 				if err := b.measure(ctx, m, s.client, sh, concurrency); err != nil {
 					return fmt.Errorf("%s, %d at once: %w", sh.name, concurrency, err)
+				}
+				for _, p := range peers {
+					if sh.peers {
+						if err := b.measurePeer(ctx, p, sh, concurrency); err != nil {
+							return fmt.Errorf("%s: %s, %d at once: %w", p.name, sh.name, concurrency, err)
+						}
+					}
 				}
 			}
 		}
@@ -190,17 +212,26 @@ func execute(ctx context.Context, c *client.Client, sh shape) error {
 	return err
 }
 
-// measure takes the floors, then the workload.
-func (b *bench) measure(ctx context.Context, m *meter, c *client.Client, sh shape, concurrency int) error {
-	f1, err := b.floor.rate(ctx, 1)
-	if err != nil {
-		return err
+// before is what the machine is capable of right before a workload.
+type before struct{ f1, f32, echoMs float64 }
+
+func (f before) put(r *result) { r.F1, r.F32, r.EchoMs = f.f1, f.f32, f.echoMs }
+
+func (b *bench) before(ctx context.Context) (f before, err error) {
+	if f.f1, err = b.floor.rate(ctx, 1); err != nil {
+		return f, err
 	}
-	f32, err := b.floor.rate(ctx, 32)
-	if err != nil {
-		return err
+	if f.f32, err = b.floor.rate(ctx, 32); err != nil {
+		return f, err
 	}
 	_, echo, err := spin(ctx, 1, 200*time.Millisecond, b.echo.call)
+	f.echoMs = ms(echo)
+	return f, err
+}
+
+// measure takes the floors, then the workload.
+func (b *bench) measure(ctx context.Context, m *meter, c *client.Client, sh shape, concurrency int) error {
+	floors, err := b.before(ctx)
 	if err != nil {
 		return err
 	}
@@ -208,9 +239,15 @@ func (b *bench) measure(ctx context.Context, m *meter, c *client.Client, sh shap
 	if err != nil {
 		return err
 	}
-	r.System, r.Shape, r.Steps, r.F1, r.F32, r.EchoMs = ours, sh.name, sh.steps, f1, f32, ms(echo)
-	b.results = append(b.results, r)
-	b.sayf("%-16s x %-3d p50 %8.2f ms %8.1f/s  /F32 %.4f  writes %7.3f  CPU %8.3f ms (%.3f a step: %s)  F1 %.0f F32 %.0f echo %.3f ms",
-		sh.name, concurrency, r.P50Ms, r.PerSecond, r.rate(), r.Writes, r.CPUMs, r.stepCPU(), parts(r), f1, f32, r.EchoMs)
+	r.System, r.Shape, r.Steps = ours, sh.name, sh.steps
+	floors.put(r)
+	b.add(r)
 	return nil
+}
+
+// add keeps what was measured, and says it.
+func (b *bench) add(r *result) {
+	b.results = append(b.results, r)
+	b.sayf("%-13s %-16s x %-3d p50 %8.2f ms %8.1f/s  /F32 %.4f  writes %7.3f  CPU %8.3f ms (%.3f a step: %s)  F1 %.0f F32 %.0f echo %.3f ms",
+		r.System, r.Shape, r.Concurrency, r.P50Ms, r.PerSecond, r.rate(), r.Writes, r.CPUMs, r.stepCPU(), parts(r), r.F1, r.F32, r.EchoMs)
 }

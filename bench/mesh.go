@@ -209,10 +209,12 @@ type shape struct {
 	name     string
 	steps    int
 	workflow string
+	// peers have it too.
+	peers bool
 }
 
 func sequential(name string, n int, step string) shape {
-	return shape{name, n, "actions:\n" + strings.Repeat(step, n)}
+	return shape{name, n, "actions:\n" + strings.Repeat(step, n), n <= 40}
 }
 
 const (
@@ -226,7 +228,7 @@ func shapes() []shape {
 		sequential("1 step", 1, noopStep),
 		sequential("10 sequential", 10, noopStep),
 		sequential("40 sequential", 40, fibStep),
-		{"100 parallel", 100, "actions:\n  - parallel:\n" + strings.ReplaceAll(strings.Repeat(noopStep, 100), "  - call", "      - call")},
+		{"100 parallel", 100, "actions:\n  - parallel:\n" + strings.ReplaceAll(strings.Repeat(noopStep, 100), "  - call", "      - call"), true},
 		sequential("400 sequential", 400, fibStep),
 	}
 }

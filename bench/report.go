@@ -102,28 +102,57 @@ func (b *bench) page(ctx context.Context) (page string, plots map[string]string)
 	for _, k := range keys {
 		p("| %s | %d | %s | %s |", k.name, k.concurrency, spreadOf(floors[k], func(f floor) float64 { return f.PerSecond }).text(0), spreadOf(floors[k], func(f floor) float64 { return f.P50Ms }).text(3))
 	}
-	p("\n| workload | at once | p50, ms | p50 in floors | workflows a second | / F32 | write transactions a workflow | CPU-ms a workflow | CPU-ms a step |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+	p("\n| workload | at once | system | p50, ms | p50 in floors | workflows a second | / F32 | write transactions a workflow | CPU-ms a workflow | CPU-ms a step |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
 	loads, results := group(b.results, func(r *result) workload { return workload{r.System, r.Shape, r.Concurrency} })
 	var cpu, rate []bar
 	for _, k := range loads {
 		all := results[k]
 		s := func(digits int, get func(*result) float64) string { return spreadOf(all, get).text(digits) }
 		floors := "" // one at a time: how many times the commits and calls that it consists of
-		if k.concurrency == 1 {
+		if k.concurrency == 1 && k.system == ours {
 			floors = s(2, func(r *result) float64 { return r.P50Ms / (r.Writes*1000/r.F1 + float64(r.Steps+1)*r.EchoMs) })
 		}
-		p("| %s | %d | %s | %s | %s | %s | %s | %s | %s |", k.shape, k.concurrency, s(2, func(r *result) float64 { return r.P50Ms }), floors,
+		p("| %s | %d | %s | %s | %s | %s | %s | %s | %s | %s |", k.shape, k.concurrency, k.system, s(2, func(r *result) float64 { return r.P50Ms }), floors,
 			s(1, func(r *result) float64 { return r.PerSecond }), s(4, (*result).rate), s(3, func(r *result) float64 { return r.Writes }),
 			s(2, func(r *result) float64 { return r.CPUMs }), s(3, (*result).stepCPU))
-		label := fmt.Sprintf("%s × %d", k.shape, k.concurrency)
+		label := fmt.Sprintf("%s × %d, %s", k.shape, k.concurrency, k.system)
 		cpu = append(cpu, bar{label, spreadOf(all, (*result).stepCPU)})
 		rate = append(rate, bar{label, spreadOf(all, func(r *result) float64 { return r.rate() * float64(r.Steps) })})
 	}
 	p("\n'p50 in floors' is the time of one workflow alone over that of its write transactions at F1's rate and of its calls as bare echoes.\n")
+	b.compare(p, loads, results)
 	p("![CPU a step](cpu.svg)\n\n![steps a second](rate.svg)")
 	return w.String(), map[string]string{
 		"cpu.svg":  plot("CPU-ms a step: orchestrator, runner, client and PostgreSQL together", cpu),
 		"rate.svg": plot("Steps a second, in transactions a second that PostgreSQL commits (F32)", rate),
+	}
+}
+
+// compare writes how many times a peer's figures ours are, round by round.
+func (b *bench) compare(p func(format string, args ...any), loads []workload, results map[workload][]*result) {
+	head := true
+	for _, k := range loads {
+		own := results[workload{ours, k.shape, k.concurrency}]
+		all := results[k]
+		if k.system == ours || len(own) != len(all) {
+			continue
+		}
+		if head {
+			p("Ours over theirs, round by round: workflows a second in floors (more is better), time of one and CPU (less is better).\n")
+			p("| workload | at once | over | workflows a second / F32 | p50 | CPU |\n| --- | --- | --- | --- | --- | --- |")
+			head = false
+		}
+		ratio := func(digits int, get func(*result) float64) string {
+			rounds := make([]float64, len(all))
+			for i := range all {
+				rounds[i] = get(own[i]) / get(all[i])
+			}
+			return spreadOf(rounds, func(x float64) float64 { return x }).text(digits)
+		}
+		p("| %s | %d | %s | %s | %s | %s |", k.shape, k.concurrency, k.system, ratio(2, (*result).rate), ratio(3, func(r *result) float64 { return r.P50Ms }), ratio(3, func(r *result) float64 { return r.CPUMs }))
+	}
+	if !head {
+		p("")
 	}
 }
 
@@ -160,7 +189,7 @@ type bar struct {
 }
 
 func plot(title string, bars []bar) string {
-	const left, width, height, gap = 170, 420, 18, 8
+	const left, width, height, gap = 250, 420, 18, 8
 	most := 0.0
 	for _, b := range bars {
 		most = max(most, b.value.most)

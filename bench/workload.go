@@ -95,15 +95,19 @@ func (l load) measure(ctx context.Context, m *meter, one func(ctx context.Contex
 	for _, s := range all {
 		sum = append(sum, s...)
 	}
-	s, n := before.until(after), float64(len(sum))
-	r := &result{
-		Concurrency: l.concurrency, Workflows: len(sum), Seconds: s.took.Seconds(), P50Ms: ms(sum.quantile(0.5)), P99Ms: ms(sum.quantile(0.99)),
-		PerSecond: n / s.took.Seconds(), Writes: float64(s.writes) / n, WAL: float64(s.wal) / n, CPUMs: ms(s.total()) / n, CPU: map[string]float64{},
-	}
+	r := &result{Concurrency: l.concurrency, Workflows: len(sum), P50Ms: ms(sum.quantile(0.5)), P99Ms: ms(sum.quantile(0.99))}
+	r.spend(before.until(after))
+	return r, nil
+}
+
+// spend puts down what was spent on the workflows.
+func (r *result) spend(s spent) {
+	n := float64(r.Workflows)
+	r.Seconds, r.PerSecond = s.took.Seconds(), n/s.took.Seconds()
+	r.Writes, r.WAL, r.CPUMs, r.CPU = float64(s.writes)/n, float64(s.wal)/n, ms(s.total())/n, map[string]float64{}
 	for name, d := range s.cpu {
 		r.CPU[name] = ms(d) / n
 	}
-	return r, nil
 }
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
