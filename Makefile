@@ -160,6 +160,10 @@ rate: ## A rate and a spend limit, held by three orchestrators under load for RA
 bench: ## What a durable workflow costs, in floors of this machine; the report goes to .cache/bench
 	GOWORK=off go -C bench run . -root ..
 
+.PHONY: bench-peers
+bench-peers: ## The same shapes in SpecQL Mesh, DBOS Transact and Temporal, in turn on one PostgreSQL; building Temporal's server takes minutes
+	GOWORK=off go -C bench run . -root .. -peers -shapes '^(1 step|10 sequential|40 sequential|100 parallel) x (1|32)$$'
+
 .PHONY: bench-guard
 bench-guard: ## A short bench that fails where a count, or a ratio to a floor of the same run, is far beyond what it was
 	GOWORK=off go -C bench run . -root .. -guard -repeat 3 -duration 1s -shapes '^(1 step|40 sequential|100 parallel) x (1|32)$$'

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/url"
 	"os"
@@ -196,7 +197,7 @@ func (b *bench) measurePeer(ctx context.Context, p *peer, sh shape, concurrency 
 	if _, err := p.drive(ctx, "1 step", concurrency, time.Second); err != nil {
 		return err
 	}
-	m := &meter{db: b.db, parts: map[string]int{"postgresql": b.cluster.PID(), "client": p.driver.Process.Pid}}
+	m := &meter{db: b.db, parts: map[string]int{"postgresql": b.cluster.PID(), "driver": p.driver.Process.Pid}}
 	if p.server != nil {
 		m.parts["server"] = p.server.Process.Pid
 	}
@@ -244,21 +245,28 @@ dcRedirectionPolicy: {policy: noop}
 archival: {history: {state: disabled, enableRead: false}, visibility: {state: disabled, enableRead: false}}
 `))
 
+// lowPort is a free port that fits the smallint in which Temporal keeps it.
+func lowPort(ctx context.Context) (int, error) {
+	var lc net.ListenConfig
+	for range 100 {
+		port := 10000 + rand.IntN(20000) //nolint:gosec // no secret
+		l, err := lc.Listen(ctx, "tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
+			return port, l.Close()
+		}
+	}
+	return 0, errors.New("no port from 10000 to 30000 is free")
+}
+
 // startTemporal makes its two databases with its own tool, and starts its four services as one process.
 func (b *bench) startTemporal(ctx context.Context) (_ *exec.Cmd, address string, err error) {
 	ports := map[string][2]int{}
 	for _, name := range []string{"frontend", "matching", "history", "worker"} {
 		var two [2]int
 		for i := range two {
-			free, err := freeAddress(ctx)
-			if err != nil {
+			if two[i], err = lowPort(ctx); err != nil {
 				return nil, "", err
 			}
-			a, err := net.ResolveTCPAddr("tcp", free)
-			if err != nil {
-				return nil, "", err
-			}
-			two[i] = a.Port
 		}
 		ports[name] = two
 	}
