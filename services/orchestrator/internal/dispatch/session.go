@@ -18,8 +18,9 @@ const (
 	// idleFor is how long a stream waits for one.
 	idleFor = 10 * time.Second
 	// longestSession is about how old a stream gets: then another one takes its place, which may go to a replica that
-	// joined since.
-	longestSession = 30 * time.Second
+	// joined since. With the time until its address is seen, a new replica has its share within 20 s; to open a stream
+	// costs about what four jobs on one do.
+	longestSession = 6 * time.Second
 	// farewell is how long a runner may take to end a stream that has no more jobs.
 	farewell = 5 * time.Second
 )
