@@ -181,6 +181,16 @@ func TestMutualTLS(t *testing.T) {
 		require.Equal(t, 2, r.status, r.err)
 	}
 
+	// The loopback answers at its other addresses, too, which no certificate has.
+	elsewhere, err := net.Listen("tcp", "127.0.0.2:0")
+	require.NoError(t, err)
+	serveUntilTheEnd(t, func(ctx context.Context) error {
+		return mesh.NewServer(credentials, mesh.ServerOptions{}).Serve(ctx, elsewhere)
+	})
+	r = specql(t, dir, "runs", "list", "--address", elsewhere.Addr().String(), "--ca", "ca.crt", "--tls-cert", "client.crt", "--tls-key", "client.key")
+	require.Equal(t, 1, r.status, r.err)
+	require.Contains(t, r.err, "its certificate has other names than the one in --address")
+
 	plain, _ := dev(t)
 	r = specql(t, dir, "runs", "list", "--address", plain, "--ca", "ca.crt")
 	require.Equal(t, 1, r.status)

@@ -86,6 +86,8 @@ func (c *connection) tlsMend(message string) string {
 		return "it speaks plaintext: leave out --ca, --tls-cert and --tls-key (plaintext is for loopback alone)"
 	case has("the server's certificate says"):
 		return "it is another service of the mesh, not the orchestrator: look at --address"
+	case has("x509: certificate is valid for", "x509: certificate is not valid for any names"):
+		return "its certificate has other names than the one in --address: reach it by one of them, such as localhost through kubectl port-forward, or have one made for this name (`specql certs --host`, or tls.extraHosts of the chart)"
 	case has("x509:", "unknown certificate authority", "bad certificate"):
 		return "its certificate and yours do not go together: give the CA that both come from as --ca"
 	case has("certificate required"):
