@@ -134,6 +134,12 @@ $(KUBE_SCHEMAS):
 helm-test: $(HELM_TOOLS) $(KUBE_SCHEMAS) ## The chart: lint, templates against Kubernetes' schemas, unit tests, rights
 	HELM_TOOLS=$(BIN) KUBERNETES_SCHEMAS=$(KUBE_SCHEMAS) go test -count=1 ./test/helm/...
 
+.PHONY: kube-test
+kube-test: ## The chart on a real Kubernetes node, from install to rollback: as root, some minutes; it names the packages that are missing
+	@test/kube/run.sh missing
+	@$(MAKE) --no-print-directory $(HELM_TOOLS)
+	HELM=$(BIN)/helm test/kube/run.sh
+
 .PHONY: helm-schema
 helm-schema: ## Make the chart's values.schema.json from its values.yaml
 	go -C test/helm run ./schema ../../deploy/helm/specql/values.yaml >.cache/values.schema.json

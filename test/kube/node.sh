@@ -1,7 +1,7 @@
 #!/bin/bash
 # One real Kubernetes node, control plane and all, in a network namespace of its own:
-#   test/kube/node.sh build | up | down | kubectl ARGS... | exec CMD... | load DOCKER_ARCHIVE.tar | image NAME ROOTFS_DIR ENTRYPOINT... | status
-# Needs root, and Debian's containerd, runc, containernetworking-plugins, nftables, iproute2, openssl, gcc, libc6-dev.
+#   test/kube/node.sh missing | build | up | down | kubectl ARGS... | exec CMD... | load DOCKER_ARCHIVE.tar | tag IMAGE NAME | image NAME ROOTFS_DIR ENTRYPOINT... | status
+# Needs root, and Debian's containerd, runc, containernetworking-plugins, nftables, iproute2, openssl, gcc, libc6-dev: `missing` says which are not there.
 # Nothing leaves the namespace: it has no link to the host's network. KUBE_DIR (.cache/kube) holds the program and what it keeps.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -215,6 +215,14 @@ down() {
   for p in /sys/fs/cgroup/*/kubepods; do [ ! -d "$p" ] || find "$p" -depth -type d -exec rmdir {} + 2>/dev/null || true; done
   rm -rf "$S"
 }
+missing() { # Debian's packages that are not there
+  local need
+  for need in containerd:containerd ctr:containerd runc:runc nft:nftables ip:iproute2 openssl:openssl gcc:gcc; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "${need%%:*}" >/dev/null || echo "${need#*:}"
+  done | sort -u | sed 's/^/ /' | tr -d '\n'
+  [ -x /usr/lib/cni/bridge ] || printf ' containernetworking-plugins'
+  case "$(gcc -print-file-name=libc.a 2>/dev/null)" in /*) ;; *) printf ' libc6-dev' ;; esac
+}
 build() { # the program, once for each content of its module
   local stamp; stamp=$BIN/.k8s-allinone-$(cat "$HERE"/node/go.mod "$HERE"/node/main.go "$HERE"/node/build.sh | sha256sum | cut -c1-16)
   [ -e "$stamp" ] && [ -x "$K" ] && return
@@ -223,12 +231,14 @@ build() { # the program, once for each content of its module
   rm -f "$BIN"/.k8s-allinone-*; touch "$stamp"
 }
 case "${1:-}" in
+  missing) missing ;;
   build) build ;;
   up) shift; up "$@" ;;
   down) down ;;
   kubectl) shift; kctl "$@" ;;
-  exec) shift; export KUBECONFIG=$KC; in_ns "$@" ;;
+  exec) shift; export KUBECONFIG=$KC; exec nsenter --net=/run/netns/$NS "$@" ;; # in place of this process, so that a signal reaches it
   load) load "$2" ;;
+  tag) ctr -a "$S/containerd.sock" -n k8s.io images tag --force "$2" "$3" >/dev/null ;;
   image) shift; image "$@" ;;
   status) kctl get nodes,pods,svc -A -o wide ;;
   *) sed -n 2,6p "$0"; exit 2 ;;

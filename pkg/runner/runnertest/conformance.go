@@ -34,6 +34,9 @@ type Cases struct {
 	SlowLine string
 	// Gone fails the test if anything that Slow started is still there; may be nil.
 	Gone func(t *testing.T)
+	// HandedOver is called after a drain and before Gone, for a runner whose jobs then go on where they are until another
+	// replica takes them up: it checks that this one does, and ends it. May be nil.
+	HandedOver func(t *testing.T)
 	// Big is a job with an output of more than runner.MaxOutputBytes; nil skips that case.
 	Big *runnerv1.Job
 	// BigCodes are the error codes that Big may end with; RESOURCE_EXCEEDED and VALIDATION if empty.
@@ -365,5 +368,8 @@ func (s *suite) drain(t *testing.T) {
 	require.Equal(t, string(fault.Unavailable), out.Code(), "the job is handed back")
 	require.True(t, out.Finished.GetError().GetRetryable())
 	require.True(t, out.Finished.GetHandedBack())
+	if s.c.HandedOver != nil {
+		s.c.HandedOver(t)
+	}
 	s.gone(t)
 }

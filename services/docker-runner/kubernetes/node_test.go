@@ -98,7 +98,20 @@ func TestNodeConformance(t *testing.T) {
 		Good:     onNode{args: []string{"echo-input"}, input: object{"name": "ada"}}.job(t),
 		Slow:     onNode{args: []string{"ignore-signals"}}.job(t),
 		SlowLine: "sleeping",
+		Big:      onNode{args: []string{"flood"}}.job(t),
 		Promptly: 10 * time.Second, // the kubelet has a say
+		HandedOver: func(t *testing.T) {
+			t.Helper()
+			left := r.jobsLeft(t)
+			require.Len(t, left, 1, "the Job goes on")
+			found, err := r.api.jobs.Get(t.Context(), left[0], metav1.GetOptions{})
+			require.NoError(t, err)
+			require.Nil(t, found.DeletionTimestamp)
+			pod := r.podOf(found.Name, string(found.UID))
+			require.NotNil(t, pod)
+			require.Equal(t, corev1.PodRunning, pod.Status.Phase)
+			require.NoError(t, r.api.jobs.Delete(t.Context(), found.Name, metav1.DeleteOptions{PropagationPolicy: new(metav1.DeletePropagationForeground)}))
+		},
 		Gone: func(t *testing.T) {
 			t.Helper()
 			require.Eventually(t, func() bool { return len(r.jobsLeft(t)) == 0 }, 30*time.Second, 100*time.Millisecond)

@@ -2,7 +2,7 @@
 // authorization level function: POST /api/notify with the key in x-functions-key or ?code=.
 // Without the key it answers 401 with no body, as Azure does; other functions are 404.
 //
-// It prints "listening http://HOST:PORT" once it listens.
+// It prints "listening http://HOST:PORT" once it listens, or https with -tls-cert and -tls-key.
 package main
 
 import (
@@ -22,6 +22,8 @@ func main() {
 	listen := flag.String("listen", "127.0.0.1:0", "address to listen on")
 	function := flag.String("function", "notify", "name of the function")
 	key := flag.String("key", "local-function-key", "the function's key")
+	tlsCert := flag.String("tls-cert", "", "file of a certificate, to speak https")
+	tlsKey := flag.String("tls-key", "", "file of its key")
 	flag.Parse()
 	l, err := net.Listen("tcp", *listen)
 	if err != nil {
@@ -29,8 +31,12 @@ func main() {
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("/api/"+*function, func(w http.ResponseWriter, r *http.Request) { trigger(w, r, *key) })
-	fmt.Printf("listening http://%s\n", l.Addr())
 	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	if *tlsCert != "" || *tlsKey != "" {
+		fmt.Printf("listening https://%s\n", l.Addr())
+		log.Fatal(s.ServeTLS(l, *tlsCert, *tlsKey))
+	}
+	fmt.Printf("listening http://%s\n", l.Addr())
 	log.Fatal(s.Serve(l))
 }
 
