@@ -183,6 +183,10 @@ bench-front-door: ## 10,000 rows inserted by one SQL statement, and how soon a s
 bench-sandbox: ## What the shell runner's sandbox adds to the start of a program, beside fork+exec, bwrap and docker run where they are there
 	CGO_ENABLED=0 go run ./services/shell-runner/bench/sandbox
 
+.PHONY: bench-steps
+bench-steps: ## What a runner adds to what it runs, one step after the other, in turn with the same without it; docker takes an engine
+	GOWORK=off go -C bench run . -root .. -steps docker
+
 .PHONY: bench-store
 bench-store: ## The PostgreSQL store: an old table's upgrade, what a run costs beside a million jobs, transactions a step
 	go run ./services/orchestrator/bench/postgres

@@ -62,6 +62,8 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 	serve := fs.Bool("serve", false, "start everything, print the addresses and wait, to look at it by other means")
 	sleepers := fs.Int("sleepers", 0, "measure what so many sleeping runs cost, and nothing else")
 	withPeers := fs.Bool("peers", false, "measure DBOS Transact and Temporal in the same shapes, in turn")
+	stepsOf := fs.String("steps", "", "measure what single steps of these execution types cost beside what they run, with commas between, and nothing else")
+	each := fs.Int("each", 100, "how often -steps measures each")
 	guard := fs.Bool("guard", false, "fail where a count or a ratio to a floor is beyond its bound, whose margin is wide")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -84,6 +86,9 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 		if err := os.MkdirAll(dir, 0o750); err != nil {
 			return err
 		}
+	}
+	if *stepsOf != "" {
+		return b.steps(ctx, *root, *stepsOf, *each)
 	}
 	b.sayf("building")
 	if err := programs(ctx, *root, b.bin); err != nil {

@@ -110,7 +110,7 @@ const registry = `services:
 // programs builds what is measured, as a release is built.
 func programs(ctx context.Context, root, dir string) error {
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", dir+string(filepath.Separator), "./services/orchestrator", "./cmd/specql") //nolint:gosec // our own
-	cmd.Dir = root
+	cmd.Dir, cmd.Env = root, append(os.Environ(), "GOWORK=")                                                                                     // this program is built without the workspace, and may be run so
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("build the programs: %w\n%s", err, out)
 	}
