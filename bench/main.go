@@ -61,6 +61,10 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 	only := fs.String("shapes", ".", "regular expression: the workloads to measure, such as '1 step x 32'")
 	serve := fs.Bool("serve", false, "start everything, print the addresses and wait, to look at it by other means")
 	sleepers := fs.Int("sleepers", 0, "measure what so many sleeping runs cost, and nothing else")
+	stored := fs.Int("stored", 0, "measure what so many jobs that have ended cost a new run, and nothing else")
+	sizes := fs.Bool("payloads", false, "measure what the size of inputs and outputs costs, and nothing else")
+	several := fs.Bool("orchestrators", false, "measure one, two and four orchestrators on one database, and nothing else")
+	open := fs.Bool("ramps", false, "start 100, 500 and 2,000 workflows a second whether or not others have ended, and nothing else")
 	withPeers := fs.Bool("peers", false, "measure DBOS Transact and Temporal in the same shapes, in turn")
 	stepsOf := fs.String("steps", "", "measure what single steps of these execution types cost beside what they run, with commas between, and nothing else")
 	each := fs.Int("each", 100, "how often -steps measures each")
@@ -113,8 +117,19 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 	if *sleepers > 0 {
 		return b.scale(ctx, m, s, *sleepers)
 	}
+	if *stored > 0 {
+		return b.stored(ctx, m, s, *stored, *repeat)
+	}
 	if err := b.warmUp(ctx, s.client); err != nil {
 		return err
+	}
+	switch {
+	case *sizes:
+		return b.payloads(ctx, m, s.client)
+	case *several:
+		return b.orchestrators(ctx, m, s)
+	case *open:
+		return b.ramps(ctx, m, s.client)
 	}
 	var peers []*peer
 	if *withPeers {

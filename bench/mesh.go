@@ -93,6 +93,8 @@ func (p *program) end() {
 type system struct {
 	orchestrator, runner *program
 	client               *client.Client
+	// flags are those of the orchestrator.
+	flags []string
 }
 
 const registry = `services:
@@ -152,16 +154,20 @@ func startSystem(ctx context.Context, ca *mesh.Authority, bin, dir, database str
 		return nil, err
 	}
 	var api string
-	if s.orchestrator, api, err = start(ctx, dir, "orchestrator", filepath.Join(bin, "orchestrator"), append(tls,
-		"--listen", "127.0.0.1:0", "--database", database, "--registry", file, "--runner", "noop="+address, "--max-runs", "1000000")...); err != nil {
+	s.flags = append(tls, "--listen", "127.0.0.1:0", "--database", database, "--registry", file, "--runner", "noop="+address, "--max-runs", "1000000")
+	if s.orchestrator, api, err = start(ctx, dir, "orchestrator", filepath.Join(bin, "orchestrator"), s.flags...); err != nil {
 		return nil, err
 	}
 	if _, err = certificates(ca, dir, "client"); err != nil {
 		return nil, err
 	}
-	s.client, err = client.New(api, client.WithCA(filepath.Join(dir, "client-ca.pem")),
-		client.WithCertificate(filepath.Join(dir, "client-cert.pem"), filepath.Join(dir, "client-key.pem")))
+	s.client, err = s.dial(dir, api)
 	return s, err
+}
+
+func (*system) dial(dir, api string) (*client.Client, error) {
+	return client.New(api, client.WithCA(filepath.Join(dir, "client-ca.pem")),
+		client.WithCertificate(filepath.Join(dir, "client-cert.pem"), filepath.Join(dir, "client-key.pem")))
 }
 
 func (s *system) end() error {
