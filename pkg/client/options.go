@@ -27,8 +27,9 @@ import (
 const (
 	defaultPatience = 30 * time.Second
 	startRetries    = 3
-	// A run with many jobs is one message.
-	maxMessageBytes = 64 << 20
+	// MaxMessageBytes is how long a message is that a client takes: a run with its jobs is one. Clients in other languages
+	// take 4 MiB unless they are told otherwise.
+	MaxMessageBytes = 64 << 20
 	// TenantHeader is the metadata key that carries the tenant of a call.
 	TenantHeader = "specql-tenant"
 )
@@ -126,7 +127,7 @@ func (o *options) dialOptions(address string) ([]grpc.DialOption, error) {
 	dial := []grpc.DialOption{
 		grpc.WithTransportCredentials(transport),
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"round_robin":{}}]}`),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessageBytes), grpc.MaxCallSendMsgSize(maxMessageBytes)),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxMessageBytes), grpc.MaxCallSendMsgSize(MaxMessageBytes)),
 		grpc.WithUserAgent("specql-go"),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 	}

@@ -62,6 +62,9 @@ type Server struct {
 	closing  context.CancelFunc // ends the streams that would last for ever
 }
 
+// answerLimit bounds what a server sends: JSON that it took may be six times as long in an answer, as a list of small numbers is.
+func answerLimit(limit int) int { return 4 * limit }
+
 // NewServer makes a server. Without credentials it speaks plaintext and listens on loopback alone.
 func NewServer(c *Credentials, o ServerOptions) *Server {
 	closing, closeStreams := context.WithCancel(context.Background())
@@ -79,7 +82,7 @@ func NewServer(c *Credentials, o ServerOptions) *Server {
 			otelgrpc.WithFilter(func(i *stats.RPCTagInfo) bool { return !aside(i.FullMethodName) && methods()[i.FullMethodName] }),
 		)...)),
 		grpc.MaxRecvMsgSize(limit),
-		grpc.MaxSendMsgSize(limit),
+		grpc.MaxSendMsgSize(answerLimit(limit)),
 		grpc.MaxConcurrentStreams(10_000),
 		grpc.ConnectionTimeout(10 * time.Second),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	specqlv1 "github.com/specql/mesh/gen/specql/v1"
@@ -32,8 +33,10 @@ const (
 	maxWait     = time.Hour
 	maxDocument = spec.MaxFileBytes
 	maxEntities = 1000
-	// maxAnswer is about how many bytes of payloads one run's answer holds.
-	maxAnswer = 8 << 20
+	// maxAnswer is how many bytes the jobs of one run's answer have; its own input and output come on top. Jobs whose payloads have
+	// fewer than unmeasured bytes in JSON, all together, are below it: a message is at most six times as long.
+	maxAnswer  = 12 << 20
+	unmeasured = 1 << 20
 )
 
 // Store is what the API reads.
@@ -158,20 +161,22 @@ func (o *Orchestrator) get(ctx context.Context, id string) (*specqlv1.Run, error
 // fullProto is a run with its jobs.
 func fullProto(run *store.Run, jobs []*store.Job) *specqlv1.Run {
 	out := runProto(run)
-	budget := maxAnswer
+	payloads, budget := 0, maxAnswer
 	for _, j := range jobs {
-		size := len(j.Input) + len(j.Output)
-		if size > budget {
-			// Watchers get each by itself.
-			c := *j
-			c.Input, c.Output = nil, nil
-			p := jobProto(&c)
-			p.PayloadsOmitted = true
-			out.Jobs = append(out.Jobs, p)
-			continue
+		payloads += len(j.Input) + len(j.Output)
+	}
+	for _, j := range jobs {
+		p := jobProto(j)
+		if payloads > unmeasured {
+			size := proto.Size(p)
+			if size > budget {
+				// Watchers get each by itself.
+				p.Input, p.Output, p.PayloadsOmitted = nil, nil, true
+				size = 0
+			}
+			budget -= size
 		}
-		budget -= size
-		out.Jobs = append(out.Jobs, jobProto(j))
+		out.Jobs = append(out.Jobs, p)
 	}
 	return out
 }
