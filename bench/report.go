@@ -120,6 +120,7 @@ func (b *bench) page(ctx context.Context) (page string, plots map[string]string)
 		rate = append(rate, bar{label, spreadOf(all, func(r *result) float64 { return r.rate() * float64(r.Steps) })})
 	}
 	p("\n'p50 in floors' is the time of one workflow alone over that of its write transactions at F1's rate and of its calls as bare echoes.\n")
+	b.aims(p, results)
 	b.compare(p, loads, results)
 	p("![CPU a step](cpu.svg)\n\n![steps a second](rate.svg)")
 	return w.String(), map[string]string{
