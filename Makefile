@@ -17,7 +17,7 @@ help: ## This list
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  %-16s %s\n", $$1, $$2}'
 
 .PHONY: ci
-ci: generate-check fmt-check proto-lint vet lint modules test test-python test-rules helm-test ## Everything that has to pass before a change lands
+ci: generate-check fmt-check proto-lint vet lint modules test test-python test-rules helm-test bench-guard ## Everything that has to pass before a change lands
 
 .PHONY: test
 test: ## Every test, with the race detector
@@ -167,12 +167,12 @@ bench: ## What a durable workflow costs, in floors of this machine; the report g
 	GOWORK=off go -C bench run . -root ..
 
 .PHONY: bench-peers
-bench-peers: ## The same shapes in SpecQL Mesh, DBOS Transact and Temporal, in turn on one PostgreSQL; building Temporal's server takes minutes
+bench-peers: ## The same shapes in SpecQL Mesh, DBOS Transact, River and Temporal, in turn on one PostgreSQL; building Temporal's server takes minutes
 	GOWORK=off go -C bench run . -root .. -peers -shapes '^(1 step|10 sequential|40 sequential|100 parallel) x (1|32)$$'
 
 .PHONY: bench-guard
 bench-guard: ## A short bench that fails where a count, or a ratio to a floor of the same run, is far beyond what it was
-	GOWORK=off go -C bench run . -root .. -guard -repeat 3 -duration 1s -shapes '^(1 step|40 sequential|100 parallel) x (1|32)$$'
+	go -C bench run . -root .. -guard -repeat 3 -duration 1s -shapes '^(1 step|40 sequential|100 parallel) x (1|32)$$'
 
 .PHONY: bench-front-door
 bench-front-door: ## 10,000 rows inserted by one SQL statement, and how soon a single one is picked up

@@ -65,7 +65,7 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 	sizes := fs.Bool("payloads", false, "measure what the size of inputs and outputs costs, and nothing else")
 	several := fs.Bool("orchestrators", false, "measure one, two and four orchestrators on one database, and nothing else")
 	open := fs.Bool("ramps", false, "start 100, 500 and 2,000 workflows a second whether or not others have ended, and nothing else")
-	withPeers := fs.Bool("peers", false, "measure DBOS Transact and Temporal in the same shapes, in turn")
+	withPeers := fs.Bool("peers", false, "measure DBOS Transact, River (one step alone) and Temporal in the same shapes, in turn")
 	stepsOf := fs.String("steps", "", "measure what single steps of these execution types cost beside what they run, with commas between, and nothing else")
 	each := fs.Int("each", 100, "how often -steps measures each")
 	guard := fs.Bool("guard", false, "fail where a count or a ratio to a floor is beyond its bound, whose margin is wide")
@@ -158,7 +158,7 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 					return fmt.Errorf("%s, %d at once: %w", sh.name, concurrency, err)
 				}
 				for _, p := range peers {
-					if sh.peers {
+					if sh.peers && (p.only == "" || p.only == sh.name) {
 						if err := b.measurePeer(ctx, p, sh, concurrency); err != nil {
 							return fmt.Errorf("%s: %s, %d at once: %w", p.name, sh.name, concurrency, err)
 						}

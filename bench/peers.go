@@ -23,7 +23,9 @@ import (
 // peer is another system, measured in the same shapes on the same PostgreSQL. Its driver (bench/peers) takes workloads on
 // stdin; between its turns its processes are stopped, so that they cost the others nothing.
 type peer struct {
-	name   string
+	name string
+	// only is the one shape that it has; empty for all.
+	only   string
 	driver *exec.Cmd
 	in     io.WriteCloser
 	out    *bufio.Scanner
@@ -37,7 +39,7 @@ const peerWait = 3 * time.Minute
 // buildPeers builds the drivers and Temporal's own programs: a module of its own, so that none of what they need enters another.
 func buildPeers(ctx context.Context, root, dir string) error {
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", dir+string(filepath.Separator), //nolint:gosec // our own
-		"./dbos", "./temporal", "go.temporal.io/server/cmd/server", "go.temporal.io/server/cmd/tools/sql")
+		"./dbos", "./river", "./temporal", "go.temporal.io/server/cmd/server", "go.temporal.io/server/cmd/tools/sql")
 	cmd.Dir, cmd.Env = filepath.Join(root, "bench", "peers"), append(os.Environ(), "GOWORK=off")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("build the peers: %w\n%s", err, out)
@@ -45,7 +47,7 @@ func buildPeers(ctx context.Context, root, dir string) error {
 	return nil
 }
 
-// startPeers starts DBOS Transact and Temporal on databases of their own in the cluster that everybody uses.
+// startPeers starts DBOS Transact, River and Temporal on databases of their own in the cluster that everybody uses.
 func (b *bench) startPeers(ctx context.Context) (peers []*peer, err error) {
 	defer func() {
 		if err != nil {
@@ -63,6 +65,15 @@ func (b *bench) startPeers(ctx context.Context) (peers []*peer, err error) {
 		return nil, err
 	}
 	peers = append(peers, dbos)
+	if database, err = b.cluster.CreateDatabase(); err != nil {
+		return peers, err
+	}
+	river, err := b.startPeer(ctx, "River", "river", database)
+	if err != nil {
+		return peers, err
+	}
+	river.only = one.shape
+	peers = append(peers, river)
 	server, address, err := b.startTemporal(ctx)
 	if err != nil {
 		return peers, err

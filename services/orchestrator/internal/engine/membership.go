@@ -21,6 +21,9 @@ const (
 	ownerLimit = 5 * time.Second
 	// workInterval is how often an orchestrator looks for work that no notice told of.
 	workInterval = time.Second
+	// askInterval is how often it asks for cancels and signals, and for what is in force, that no notice told of. Both are told of
+	// by who writes them, and asked for whenever the connection for notices is new.
+	askInterval = 5 * time.Second
 	// detachedLimit is for how long calls in flight go on while no beat reaches the database:
 	// it is probably down for everybody, but may be so for this orchestrator alone.
 	detachedLimit = 2 * time.Minute
@@ -406,7 +409,7 @@ func (e *Engine) refuseJob(j *store.Job, why *fault.Error) error {
 
 // hears passes on what other orchestrators were asked of the runs that are walked here.
 func (e *Engine) hears(ctx context.Context) {
-	each(ctx, workInterval, e.members.requests, func() {
+	each(ctx, askInterval, e.members.requests, func() {
 		wctx, cancel := context.WithTimeout(ctx, storeWait)
 		defer cancel()
 		req, err := e.Store.Requests(wctx, e.owner())
@@ -444,7 +447,7 @@ func (e *Engine) listens(ctx context.Context) {
 
 // refreshes keeps up with the registry and the execution types that other replicas set.
 func (e *Engine) refreshes(ctx context.Context) {
-	each(ctx, workInterval, e.members.refresh, func() {
+	each(ctx, askInterval, e.members.refresh, func() {
 		wctx, cancel := context.WithTimeout(ctx, storeWait)
 		defer cancel()
 		if err := e.refresh(wctx); err != nil && ctx.Err() == nil {
