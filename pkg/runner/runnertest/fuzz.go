@@ -1,13 +1,18 @@
 package runnertest
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
+	"net"
+	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -72,4 +77,39 @@ func checkAnswer(method string, response []byte) error {
 		}
 	}
 	return nil
+}
+
+// Quiet is a sink that hears what a job says, and keeps none of it.
+type Quiet struct{}
+
+// Log implements runner.Sink.
+func (Quiet) Log(string, string) {}
+
+// Usage implements runner.Sink.
+func (Quiet) Usage(*runnerv1.ResourceUsage) {}
+
+// Secret implements runner.Sink.
+func (Quiet) Secret(string) {}
+
+// Answering is the address of a server that answers what it is told, whatever it is asked.
+func Answering(f *testing.F, answer *atomic.Pointer[[]byte]) string {
+	f.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(f, err)
+	f.Cleanup(func() { _ = lis.Close() })
+	go func() {
+		for {
+			conn, err := lis.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer func() { _ = conn.Close() }()
+				if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
+					_, _ = conn.Write(*answer.Load())
+				}
+			}()
+		}
+	}()
+	return lis.Addr().String()
 }

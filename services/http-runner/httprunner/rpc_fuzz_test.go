@@ -1,7 +1,6 @@
 package httprunner
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -91,40 +90,10 @@ func FuzzRetryAfter(f *testing.F) {
 	})
 }
 
-// quiet hears what a job says, and keeps none of it.
-type quiet struct{}
-
-func (quiet) Log(string, string)            {}
-func (quiet) Usage(*runnerv1.ResourceUsage) {}
-func (quiet) Secret(string)                 {}
-
-// answering is the address of a server that answers what it is told, whatever it is asked.
-func answering(f *testing.F, answer *atomic.Pointer[[]byte]) string {
-	f.Helper()
-	lis, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(f, err)
-	f.Cleanup(func() { _ = lis.Close() })
-	go func() {
-		for {
-			conn, err := lis.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer func() { _ = conn.Close() }()
-				if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
-					_, _ = conn.Write(*answer.Load())
-				}
-			}()
-		}
-	}()
-	return lis.Addr().String()
-}
-
 // FuzzAnswer calls a target that answers with hostile bytes, over a real connection.
 func FuzzAnswer(f *testing.F) {
 	var answer atomic.Pointer[[]byte]
-	host := answering(f, &answer)
+	host := runnertest.Answering(f, &answer)
 	r, err := New(Options{Ceiling: &Policy{AllowedDomains: []string{"127.0.0.1"}, AllowPrivateNetworks: true}})
 	require.NoError(f, err)
 	for _, text := range []string{
@@ -144,7 +113,7 @@ func FuzzAnswer(f *testing.F) {
 		res, err := r.Execute(ctx, &runner.Job{
 			Service:   runner.Service{Name: "s", Config: config, Policy: []byte(`{"allow_private_networks":true,"allowed_domains":["127.0.0.1"]}`)},
 			Operation: runner.Operation{Name: "o", Config: []byte(`{"method":"GET","path":"/"}`)}, Input: []byte(`{}`), Attempt: 1,
-		}, quiet{})
+		}, runnertest.Quiet{})
 		require.NoError(t, ctx.Err(), "the answer held the runner up")
 		require.NoError(t, err)
 		if res.Err == nil {

@@ -1,12 +1,10 @@
 package serverlessrunner
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -101,41 +99,11 @@ func FuzzRetryAfter(f *testing.F) {
 	})
 }
 
-// quiet hears what a job says, and keeps none of it.
-type quiet struct{}
-
-func (quiet) Log(string, string)            {}
-func (quiet) Usage(*runnerv1.ResourceUsage) {}
-func (quiet) Secret(string)                 {}
-
-// answering is the address of a server that answers what it is told, whatever it is asked.
-func answering(f *testing.F, answer *atomic.Pointer[[]byte]) string {
-	f.Helper()
-	lis, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(f, err)
-	f.Cleanup(func() { _ = lis.Close() })
-	go func() {
-		for {
-			conn, err := lis.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer func() { _ = conn.Close() }()
-				if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
-					_, _ = conn.Write(*answer.Load())
-				}
-			}()
-		}
-	}()
-	return lis.Addr().String()
-}
-
 // FuzzAnswer calls functions that answer with hostile bytes, over a real connection.
 func FuzzAnswer(f *testing.F) {
 	setFuzzKeys(f)
 	var answer atomic.Pointer[[]byte]
-	host := answering(f, &answer)
+	host := runnertest.Answering(f, &answer)
 	r, err := New(Options{Ceiling: &Policy{AllowedEndpoints: []string{host}, AllowedEnvVars: []string{"FUZZ_*"}, AllowedRoles: []string{}}})
 	require.NoError(f, err)
 	f.Cleanup(func() { require.NoError(f, r.Close()) })
@@ -157,7 +125,7 @@ func FuzzAnswer(f *testing.F) {
 		for _, job := range jobs {
 			job.Operation, job.Input, job.Attempt = runner.Operation{Name: "o"}, []byte(`{}`), 1
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-			res, err := r.Execute(ctx, job, quiet{})
+			res, err := r.Execute(ctx, job, runnertest.Quiet{})
 			require.NoError(t, ctx.Err(), "the answer held the runner up")
 			cancel()
 			require.NoError(t, err)
