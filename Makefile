@@ -6,7 +6,8 @@ SHELL       := /bin/bash
 ROOT    := $(CURDIR)
 BIN     := $(ROOT)/.bin
 MODULES := gen pkg migrations services/orchestrator services/http-runner services/shell-runner services/docker-runner \
-           services/serverless-runner cmd/specql examples examples/custom-runner test/ddl test/e2e test/faults test/helm test/imports test/pgtest bench
+           services/serverless-runner services/orchestrator/bench/balance cmd/specql examples examples/custom-runner test/ddl test/e2e test/faults test/helm test/imports \
+           test/pgtest bench
 PACKAGES := $(addprefix ./,$(addsuffix /...,$(MODULES)))
 # Those whose tests need nothing but Go; the chart's need tools of their own.
 TESTED   := $(filter-out ./test/helm/...,$(PACKAGES))
@@ -178,6 +179,10 @@ bench-guard: ## A short bench that fails where a count, or a ratio to a floor of
 bench-front-door: ## 10,000 rows inserted by one SQL statement, and how soon a single one is picked up
 	go test -count=1 -timeout 30m -run '^$$' -bench FrontDoor -benchtime 1x ./test/faults
 	go test -count=1 -timeout 30m -run '^$$' -bench Pickup -benchtime 200x ./test/faults
+
+.PHONY: bench-balance
+bench-balance: ## How gRPC's ways of balancing, round_robin and those by ORCA load reports, spread jobs over replicas that are not alike
+	go run ./services/orchestrator/bench/balance
 
 .PHONY: bench-sandbox
 bench-sandbox: ## What the shell runner's sandbox adds to the start of a program, beside fork+exec, bwrap and docker run where they are there
