@@ -250,6 +250,7 @@ k scale deployment mesh-specql-orchestrator --replicas=2
 k rollout status deployment mesh-specql-orchestrator --timeout=120s | tail -1
 [ "$(sql "SELECT count(*) FROM jobs.tb_workflow_run")" = "$kept" ] || fail "the backup had $kept runs"
 echo "the $kept runs of the backup are there"
+specql runners --wait 1m -o json >/dev/null # the Service has its addresses again
 workflow '{"text": "one two three four"}'
 
 say "the docker runner's backend against this node: conformance, ends, limits, hand-over"

@@ -83,12 +83,12 @@ var fleets = []struct {
 }
 
 // loads are calls a second as a part of what the replicas can do together.
-var loads = []float64{0.5, 0.9}
+var loads = []float64{0.5, 0.8}
 
 func run(ctx context.Context, out io.Writer, args []string) error {
 	fs := flag.NewFlagSet("balance", flag.ContinueOnError)
-	measured := fs.Duration("duration", 6*time.Second, "how long each is measured, after a warm-up in which weights come and streams are replaced")
-	warm := fs.Duration("warm-up", 6*time.Second, "how long that takes")
+	measured := fs.Duration("duration", 5*time.Second, "how long each is measured, after a warm-up in which weights come and streams are replaced")
+	warm := fs.Duration("warm-up", 7*time.Second, "how long that takes")
 	rounds := fs.Int("rounds", 3, "how often")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -98,7 +98,7 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	if err != nil {
 		return err
 	}
-	p("%d replicas, jobs of %s, %d places each; calls at random times; medians of %d rounds of %s", len(fleets[0].replicas), takes, slots, *rounds, *measured)
+	p("%d replicas, jobs of %s, %d places each where nothing else is said; calls at random times; medians of %d rounds of %s", len(fleets[0].replicas), takes, slots, *rounds, *measured)
 	for _, fleet := range fleets {
 		capacity := 0.0
 		for _, r := range fleet.replicas {
@@ -106,10 +106,12 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 		}
 		for _, load := range loads {
 			p("\n%s: %.0f calls a second, %.0f %% of what they can do", fleet.name, capacity*load, load*100)
-			p("  %-24s %9s %9s %9s %9s %14s  %s", "", "mean ms", "p50 ms", "p90 ms", "p99 ms", "refused/call", "shares of the replicas")
+			p("  %-24s %22s %9s %9s %9s %14s  %s", "", "mean ms (least-most)", "p50 ms", "p90 ms", "p99 ms", "refused/call", "shares of the replicas")
 			results := make([][]result, len(policies))
-			for range *rounds {
-				for i, policy := range policies {
+			for round := range *rounds {
+				for i := range policies {
+					i = (i + round) % len(policies) // nobody is always the first
+					policy := policies[i]
 					r, err := measure(ctx, ca, policy.config, fleet.replicas, capacity*load, *warm, *measured)
 					if err != nil {
 						return fmt.Errorf("%s, %s: %w", fleet.name, policy.name, err)
@@ -124,7 +126,8 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 				for n := range fleet.replicas {
 					shares = append(shares, fmt.Sprintf("%.0f %%", 100*median(rs, func(r result) float64 { return r.shares[n] })))
 				}
-				p("  %-24s %9.1f %9.1f %9.1f %9.1f %14.3f  %s", policy.name, median(rs, result.mean), at(0.5), at(0.9), at(0.99),
+				means := fmt.Sprintf("%.1f (%.1f-%.1f)", median(rs, result.mean), slices.Min(each(rs, result.mean)), slices.Max(each(rs, result.mean)))
+				p("  %-24s %22s %9.1f %9.1f %9.1f %14.3f  %s", policy.name, means, at(0.5), at(0.9), at(0.99),
 					median(rs, func(r result) float64 { return r.refused }), strings.Join(shares, ", "))
 			}
 		}
@@ -132,11 +135,16 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	return nil
 }
 
-func median(rs []result, of func(result) float64) float64 {
+func each(rs []result, of func(result) float64) []float64 {
 	v := make([]float64, 0, len(rs))
 	for _, r := range rs {
 		v = append(v, of(r))
 	}
+	return v
+}
+
+func median(rs []result, of func(result) float64) float64 {
+	v := each(rs, of)
 	slices.Sort(v)
 	return v[len(v)/2]
 }
