@@ -17,6 +17,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -69,7 +70,7 @@ const (
 	role          = "http-runner"
 
 	slots = 16
-	takes = 40 * time.Millisecond
+	takes = 200 * time.Millisecond
 )
 
 // fleets are what the replicas of a runner may be like.
@@ -89,9 +90,14 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	fs := flag.NewFlagSet("balance", flag.ContinueOnError)
 	measured := fs.Duration("duration", 5*time.Second, "how long each is measured, after a warm-up in which weights come and streams are replaced")
 	warm := fs.Duration("warm-up", 7*time.Second, "how long that takes")
-	rounds := fs.Int("rounds", 3, "how often")
+	rounds := fs.Int("rounds", 5, "how often")
+	only := fs.String("fleets", "", "regular expression of the fleets that are measured; all if empty")
 	if err := fs.Parse(args); err != nil {
 		return err
+	}
+	chosen, err := regexp.Compile(*only)
+	if err != nil {
+		return fmt.Errorf("-fleets: %w", err)
 	}
 	p := func(format string, args ...any) { _, _ = fmt.Fprintf(out, format+"\n", args...) }
 	ca, err := mesh.NewAuthority()
@@ -100,6 +106,9 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	}
 	p("%d replicas, jobs of %s, %d places each where nothing else is said; calls at random times; medians of %d rounds of %s", len(fleets[0].replicas), takes, slots, *rounds, *measured)
 	for _, fleet := range fleets {
+		if !chosen.MatchString(fleet.name) {
+			continue
+		}
 		capacity := 0.0
 		for _, r := range fleet.replicas {
 			capacity += float64(r.slots) / r.takes.Seconds()
