@@ -80,6 +80,7 @@ node kubectl get nodes
 
 say "a database and the services that are called"
 rm -rf "$W/pg"; mkdir -p "$W/pg"; chown postgres "$W/pg"; chmod 755 "$KUBE_DIR" "$W"
+su postgres -s /bin/sh -c "cd $W/pg" 2>/dev/null || fail "the user postgres does not get to $W: set KUBE_DIR to a folder that everybody may enter"
 su postgres -s /bin/sh -c "cd / && $PG/initdb -D $W/pg -A trust >/dev/null && echo 'host all all 172.31.0.0/16 trust' >>$W/pg/pg_hba.conf"
 node exec su postgres -s /bin/sh -c "cd / && $PG/pg_ctl -w -D $W/pg -l $W/pg/log -o '-c listen_addresses=$NODEIP -c unix_socket_directories= -c max_connections=300' start" >/dev/null
 DATABASE_URL="postgres://postgres@$NODEIP/postgres?sslmode=disable"
