@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -16,6 +17,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 )
@@ -74,9 +76,24 @@ func dockerSteps(ctx context.Context, s *steps) (err error) {
 			return err
 		}
 	}
+	ahead := step("ahead", map[string]any{"image": dockerImage, "pull_policy": "never", "created_ahead": 1})
+	if err := ahead(ctx); err != nil { // the first one has the second one's container created
+		return err
+	}
+	spare := ""
+	// Nothing is measured while a container is created ahead, and each that was is used.
+	settle := func(ctx context.Context) error {
+		now, err := e.spare(ctx)
+		if err == nil && now == spare {
+			err = errors.New("a container that was created ahead was not used")
+		}
+		spare = now
+		return err
+	}
 	return s.inTurn(ctx,
-		rival{name: "Engine API: create, attach, start, wait, remove", run: e.step},
+		rival{name: "Engine API: create, attach, start, wait, remove", settle: settle, run: e.step},
 		rival{name: "docker runner", run: step("ordinary", config)},
+		rival{name: "docker runner, created_ahead: 1", run: ahead},
 	)
 }
 
@@ -165,6 +182,34 @@ func (e *dockerEngine) image(ctx context.Context, dir string) error {
 	repo, tag, _ := strings.Cut(dockerImage, ":")
 	query := url.Values{"fromSrc": {"-"}, "repo": {repo}, "tag": {tag}, "changes": {`ENTRYPOINT ["/answer"]`}}
 	return e.call(ctx, http.MethodPost, "/images/create?"+query.Encode(), &archive, nil)
+}
+
+// spare waits for the container that was created ahead.
+func (e *dockerEngine) spare(ctx context.Context) (string, error) {
+	const patience = 10 * time.Second
+	filters := url.Values{"all": {"1"}, "filters": {`{"label": ["dev.specql.created-ahead"], "status": ["created"]}`}}
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("no container was created ahead in %s", patience))
+	defer cancel()
+	again := time.NewTicker(20 * time.Millisecond)
+	defer again.Stop()
+	seen := ""
+	for {
+		var found []struct{ ID string }
+		if err := e.call(ctx, http.MethodGet, "/containers/json?"+filters.Encode(), nil, &found); err != nil {
+			return "", cmp.Or(context.Cause(ctx), err)
+		}
+		if len(found) == 1 {
+			if seen == found[0].ID { // twice: the runner has looked at it as well by now
+				return seen, nil
+			}
+			seen = found[0].ID
+		}
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			return "", context.Cause(ctx)
+		}
+	}
 }
 
 // container is the one that the runner makes of the same service, without what is the runner's own: a control

@@ -738,11 +738,15 @@ func HandedBack(ctx context.Context) bool { return errors.Is(context.Cause(ctx),
 // cancelled as UNAVAILABLE, so that they are tried elsewhere, and Drain waits for their end.
 func (h *Handler) Drain(ctx context.Context) {
 	h.mu.Lock()
-	if !h.draining {
+	first := !h.draining
+	if first {
 		h.draining = true
 		close(h.closing)
 	}
 	h.mu.Unlock()
+	if d, ok := h.runner.(Drainer); ok && first {
+		d.Draining()
+	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

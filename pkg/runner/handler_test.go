@@ -658,6 +658,30 @@ func TestTheCallerMayHalfClose(t *testing.T) {
 	require.Equal(t, "1", string(last.GetFinished().GetOutput()))
 }
 
+// keeper is a runner that keeps something for jobs to come.
+type keeper struct {
+	runner.JobRunner
+	draining chan struct{}
+}
+
+func (k keeper) Draining() { close(k.draining) }
+
+func TestADrainIsToldWhileJobsRun(t *testing.T) {
+	t.Parallel()
+	started := make(chan struct{})
+	k := keeper{draining: make(chan struct{})}
+	k.JobRunner = one(func(context.Context, *runner.Job, runner.Sink) (*runner.Result, error) {
+		close(started)
+		<-k.draining
+		return &runner.Result{Output: json.RawMessage(`1`)}, nil
+	})
+	client, stop := runnertest.Serve(t, k, runner.Options{DrainTimeout: time.Minute})
+	call := runnertest.Begin(t, client, job("j"))
+	<-started
+	stop()
+	require.Equal(t, "1", string(call.Wait().Finished.GetOutput()))
+}
+
 func TestDrainLetsJobsFinish(t *testing.T) {
 	t.Parallel()
 	started, release := make(chan struct{}), make(chan struct{})

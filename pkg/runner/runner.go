@@ -36,6 +36,12 @@ type Limiter interface {
 	Limits(ctx context.Context, s *Service) ([]Limit, error)
 }
 
+// Drainer is a [JobRunner] that keeps something for jobs to come.
+type Drainer interface {
+	// Draining is called once no further job comes, while the running ones go on. It must be quick.
+	Draining()
+}
+
 // Limit bounds the attempts with one key in any window. An attempt counts from before it begins until the window
 // after its end has passed.
 type Limit struct {

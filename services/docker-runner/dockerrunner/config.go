@@ -25,6 +25,7 @@ type Config struct {
 	Tmpfs        []string                 `json:"tmpfs,omitempty" jsonschema:"description=In-memory directories: /path or /path:size=64m or /path:size=64m:exec"`
 	PullPolicy   string                   `json:"pull_policy,omitempty" jsonschema:"enum=if_not_present,enum=always,enum=never,description=When to pull the image (default if_not_present)"`
 	RegistryAuth *RegistryAuth            `json:"registry_auth,omitempty" jsonschema:"description=Credentials for pulling"`
+	CreatedAhead int                      `json:"created_ahead,omitempty" jsonschema:"minimum=0,maximum=16,description=How many containers are kept created for jobs to come (default 0); each is used once"`
 	Timeout      float64                  `json:"timeout,omitempty" jsonschema:"exclusiveMinimum=0,description=Longest time of an attempt in seconds"`
 }
 
@@ -166,6 +167,7 @@ func (c *Config) check(denied deniedPaths) []runner.Problem {
 			}
 		}
 	}
+	c.aheadRefused(add)
 	const ours = "the runner's output directory"
 	taken := map[string]string{outputMount: ours}
 	take := func(at, target string) {
@@ -227,6 +229,7 @@ func (o *Operation) check(c *Config) []runner.Problem {
 		found = append(found, runner.Problem{Path: path, Message: fmt.Sprintf(format, args...), Mend: mend})
 	}
 	checkArguments("command", o.Command, add)
+	c.argumentsAhead(o.Command, add)
 	for _, i := range inputInCode(c.Entrypoint, o.Command, o.Command) {
 		add(fmt.Sprintf("command[%d]", i), inputInCodeMend, "%s", inputInCodeText)
 	}

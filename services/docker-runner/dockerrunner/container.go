@@ -57,6 +57,11 @@ func environment(ctx context.Context, cfg *Config, job *runner.Job, input []byte
 	for _, name := range slices.Sorted(maps.Keys(cfg.Environment)) {
 		env = append(env, name+"="+string(cfg.Environment[name]))
 	}
+	if cfg.CreatedAhead > 0 {
+		// Nobody knows the job yet. A name alone takes away what the image says.
+		return append(env, "SPECQL_IDEMPOTENCY_KEY", "SPECQL_INPUT", "SPECQL_INPUT_TOO_LARGE", "SPECQL_JOB_FILE="+outputMount+"/"+jobFile,
+			"SPECQL_JOB_ID", "SPECQL_RUN_ID", "TRACEPARENT", "TRACESTATE")
+	}
 	env = append(env,
 		"SPECQL_IDEMPOTENCY_KEY="+withoutNUL(job.IdempotencyKey),
 		"SPECQL_JOB_ID="+withoutNUL(job.ID),
@@ -97,8 +102,6 @@ func (a *attempt) spec(ctx context.Context, e *engine, img image, mounts []hostM
 	if kernelTarget(dir) {
 		return client.ContainerCreateOptions{}, fault.New(fault.Validation, "the image %s works in %q, and %s; set runner_config.working_dir", a.name, clip(dir), kernelTargetText)
 	}
-	deadline, _ := ctx.Deadline()
-	a.labels = a.r.owner.labels(a.job.ID, deadline)
 	cfg := &container.Config{
 		Hostname:     "job",
 		User:         a.cfg.User,

@@ -76,6 +76,12 @@ func (e *engine) cgroups() (ok bool, why string) {
 	return true, ""
 }
 
+// groups says whether containers get control groups of the runner's making.
+func (r *Runner) groups(e *engine) bool {
+	ok, _ := e.cgroups()
+	return ok && !r.cgroupsMissing.Load()
+}
+
 // inspectEngine asks the engine about itself, once. Finding out whether files are shared
 // takes an image, since it takes a container, which is made and never started.
 func (r *Runner) inspectEngine(ctx context.Context, imageID string) (*engine, error) {

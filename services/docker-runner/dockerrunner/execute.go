@@ -44,16 +44,32 @@ type attempt struct {
 	// network as the engine knows it.
 	network string
 
-	group  *cgroup.Group
+	room
 	held   []string // mount points of the volumes
 	labels map[string]string
-	output outputPlace
 	meter  meter
+	// replenish has what was created ahead and used made anew; nil where nothing is to be.
+	replenish func()
 
 	imageID   string
 	exitCode  *int32
 	oomKilled *bool
 	isolation []string
+}
+
+// room is what a container has of the runner's own: where it is measured, and where it leaves its output.
+type room struct {
+	group  *cgroup.Group // nil: none
+	output outputPlace
+}
+
+// remove takes it away. The container is gone by now.
+func (r *room) remove() error {
+	err := r.output.dir.remove()
+	if r.group != nil {
+		err = errors.Join(err, r.group.Remove())
+	}
+	return err
 }
 
 // Execute implements [runner.JobRunner].
@@ -62,6 +78,7 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 	a := &attempt{r: r, job: job, sink: sink, checks: &runner.Checks{}, meter: meter{oom: make(chan struct{})}}
 	result := &runner.Result{}
 	result.Output, result.Err = a.run(ctx)
+	a.settle(result.Err)
 	result.Usage = a.usage()
 	result.Usage.DurationSeconds = new(time.Since(began).Seconds())
 	var digest string
@@ -151,12 +168,20 @@ func (a *attempt) runBounded(ctx context.Context) (json.RawMessage, error) {
 		return nil, err
 	}
 	defer a.release()
-	if err := a.acquire(e, mounts); err != nil {
-		return nil, err
-	}
 	// The container goes on with this span's trace.
 	ctx, remote := telemetry.Start(ctx, "remote")
 	defer remote.End()
+	if a.cfg.CreatedAhead > 0 {
+		output, err := a.runAhead(ctx, e, img)
+		if !errors.Is(err, errNoSpare) {
+			return output, err
+		}
+	}
+	if err := a.acquire(e, mounts); err != nil {
+		return nil, err
+	}
+	deadline, _ := ctx.Deadline()
+	a.labels = a.r.owner.labels(a.job.ID, deadline)
 	spec, err := a.spec(ctx, e, img, mounts)
 	if err != nil {
 		return nil, err
@@ -168,9 +193,7 @@ func (a *attempt) runBounded(ctx context.Context) (json.RawMessage, error) {
 	if err != nil {
 		return nil, err
 	}
-	a.imageID = img.id
-	a.isolate(e)
-	return a.runContainer(ctx, id, img)
+	return a.runContainer(ctx, id, e, img, a.verify)
 }
 
 // resolveNetwork finds the network that a name stands for, and runs on that very one.
@@ -199,7 +222,6 @@ func (a *attempt) resolveNetwork(ctx context.Context) error {
 
 // acquire makes the directory, the mounts and the control group of the job.
 func (a *attempt) acquire(e *engine, mounts []hostMount) error {
-	a.meter.buffered = e.info.CgroupVersion != "2"
 	if err := a.hold(mounts); err != nil {
 		return err
 	}
@@ -213,7 +235,7 @@ func (a *attempt) acquire(e *engine, mounts []hostMount) error {
 			return fault.Wrap(err, fault.Unavailable, "the runner cannot make a directory for output: %v", err)
 		}
 	}
-	if ok, _ := e.cgroups(); !ok || a.r.cgroupsMissing.Load() {
+	if !a.r.groups(e) {
 		return nil
 	}
 	group, err := cgroup.New(groupParent, randomName(), cgroup.Limits{})
@@ -224,7 +246,7 @@ func (a *attempt) acquire(e *engine, mounts []hostMount) error {
 	if group.DockerParent() == "" {
 		return group.Remove()
 	}
-	a.group, a.meter.group = group, group
+	a.group = group
 	return nil
 }
 
@@ -256,17 +278,10 @@ func (a *attempt) release() {
 	for _, place := range a.held {
 		errs = append(errs, letGo(place))
 	}
-	if err := a.output.dir.remove(); err != nil {
-		errs = append(errs, err)
+	if a.meter.group != nil && !a.meter.freeze() && !a.r.cgroupsMissing.Swap(true) {
+		a.r.log.Warn("the engine does not put containers into the runner's control groups; the stats API measures them")
 	}
-	if a.group != nil {
-		if !a.meter.freeze() && !a.r.cgroupsMissing.Swap(true) {
-			a.r.log.Warn("the engine does not put containers into the runner's control groups; the stats API measures them")
-		}
-		if err := a.group.Remove(); err != nil {
-			errs = append(errs, err)
-		}
-	}
+	errs = append(errs, a.remove())
 	if err := errors.Join(errs...); err != nil {
 		// The work is done and the sweep tries again: no reason to fail the job.
 		a.r.log.Warn("clean up after a job", slogError(err))
@@ -282,9 +297,6 @@ func (a *attempt) createContainer(ctx context.Context, spec client.ContainerCrea
 	}
 	if err != nil {
 		return "", engineFault(err, "make the container")
-	}
-	if !a.cfg.readOnly() && a.limits.DiskMB > 0 && a.r.storageMissing.Load() {
-		a.sink.Log("runner", "the engine's storage driver cannot bound the root file system: disk_mb holds for single files and in-memory directories alone")
 	}
 	return id, nil
 }
@@ -309,8 +321,22 @@ func (a *attempt) isolate(e *engine) {
 	add("held_volumes", len(a.held) > 0)
 }
 
-// runContainer runs a container that was made, to its end, and removes it.
-func (a *attempt) runContainer(ctx context.Context, id string, img image) (_ json.RawMessage, err error) {
+// verify looks whether a container that was created is safe to start.
+func (a *attempt) verify(ctx context.Context, id string, img image) error {
+	if err := a.verifyMounts(ctx, id, img); err != nil {
+		return err
+	}
+	return a.verifyAccounts(ctx, id, img)
+}
+
+// runContainer runs a container that was created, to its end, and removes it. The check is what it has still to pass.
+func (a *attempt) runContainer(ctx context.Context, id string, e *engine, img image, check func(context.Context, string, image) error) (_ json.RawMessage, err error) {
+	a.imageID = img.id
+	a.meter.group, a.meter.buffered = a.group, e.info.CgroupVersion != "2"
+	a.isolate(e)
+	if !a.cfg.readOnly() && a.limits.DiskMB > 0 && a.r.storageMissing.Load() {
+		a.sink.Log("runner", "the engine's storage driver cannot bound the root file system: disk_mb holds for single files and in-memory directories alone")
+	}
 	removed := false
 	remove := func() error {
 		if removed {
@@ -327,14 +353,15 @@ func (a *attempt) runContainer(ctx context.Context, id string, img image) (_ jso
 			err = failed
 		}
 	}()
-	if err := a.verifyMounts(ctx, id, img); err != nil {
+	if err := check(ctx, id, img); err != nil {
 		return nil, err
 	}
-	if err := a.verifyAccounts(ctx, id, img); err != nil {
+	job, err := a.described(ctx)
+	if err != nil {
 		return nil, err
 	}
-	if err := a.output.prime(ctx, a.r.client, id); err != nil {
-		return nil, err
+	if err := a.output.prime(ctx, a.r.client, id, job); err != nil {
+		return nil, a.r.notThere(ctx, id, err)
 	}
 	stdout, stderr := newHead(), &tail{}
 	telemetry.Enter(ctx, "remote")
@@ -374,7 +401,7 @@ func (a *attempt) follow(ctx context.Context, id string, stdout *head, stderr *t
 	defer stop()
 	conn, err := cli.ContainerAttach(ctx, id, client.ContainerAttachOptions{Stream: true, Stdin: true, Stdout: true, Stderr: true})
 	if err != nil {
-		return nil, engineFault(err, "attach to the container")
+		return nil, engineFault(a.r.notThere(ctx, id, err), "attach to the container")
 	}
 	defer conn.Close()
 	ended := wait(detached, cli, id)

@@ -133,15 +133,30 @@ type outputPlace struct {
 	volume bool
 }
 
-// prime makes the output file in a volume, whose root belongs to root: so any user may write it.
-func (o outputPlace) prime(ctx context.Context, c *client.Client, id string) error {
+// prime writes what describes the job, where that is given, and makes the output file in a volume, whose root
+// belongs to root: so any user may write it. Nothing runs in the container yet.
+func (o outputPlace) prime(ctx context.Context, c *client.Client, id string, job []byte) error {
 	if !o.volume {
+		if job == nil {
+			return nil
+		}
+		if err := os.WriteFile(filepath.Join(o.dir.path, jobFile), job, 0o444); err != nil { //nolint:gosec // any user of the container may read it
+			return fault.Wrap(err, fault.Unavailable, "write %s/%s: %v", outputMount, jobFile, err)
+		}
 		return nil
 	}
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)
 	if err := w.WriteHeader(&tar.Header{Name: outputFile, Typeflag: tar.TypeReg, Mode: 0o666}); err != nil {
 		return fmt.Errorf("pack output file: %w", err)
+	}
+	if job != nil {
+		if err := w.WriteHeader(&tar.Header{Name: jobFile, Typeflag: tar.TypeReg, Mode: 0o444, Size: int64(len(job))}); err != nil {
+			return fmt.Errorf("pack %s: %w", jobFile, err)
+		}
+		if _, err := w.Write(job); err != nil {
+			return fmt.Errorf("pack %s: %w", jobFile, err)
+		}
 	}
 	if err := w.Close(); err != nil {
 		return fmt.Errorf("pack output file: %w", err)

@@ -117,6 +117,7 @@ func (r *Runner) sweepForever(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
+		r.ahead.expire(time.Now())
 		r.refresh(ctx)
 		r.vetted.Clear()
 	}

@@ -46,6 +46,9 @@ func crash() int {
 		fmt.Println(err)
 		return 1
 	}
+	if len(os.Args) == 3 {
+		return crashAhead(r, os.Args[2])
+	}
 	config, err := json.Marshal(Config{
 		Image: os.Getenv(crashingRunner), Command: []string{"ignore-signals"},
 		Volumes: []Volume{{HostPath: os.Args[3], ContainerPath: "/data", Mode: "rw"}},
@@ -60,6 +63,23 @@ func crash() int {
 		},
 	}, sinkFunc(func(_, line string) { fmt.Println(line) }))
 	fmt.Println("ended", res, err)
+	return 1
+}
+
+// crashAhead keeps a container created ahead.
+func crashAhead(r *Runner, service string) int {
+	config, err := json.Marshal(Config{Image: os.Getenv(crashingRunner), Command: []string{"args"}, CreatedAhead: 1})
+	if err != nil {
+		return 1
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+	defer cancel()
+	res, err := r.Execute(ctx, &runner.Job{
+		ID: service, Service: runner.Service{Name: service, Config: config, Policy: json.RawMessage(`{"allowed_images":["specql-test/*"]}`)},
+	}, sinkFunc(func(string, string) {}))
+	r.ahead.work.Wait()
+	fmt.Println("created", res.Err, err)
+	<-ctx.Done()
 	return 1
 }
 

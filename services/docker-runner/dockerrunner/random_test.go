@@ -21,7 +21,7 @@ func TestRandomChangesOfConfiguration(t *testing.T) {
 	}
 	for range 1000 {
 		tryConfiguration(t,
-			change(`{"image":"python:3.11-slim","network_mode":"x","user":"a","tmpfs":["/x:size=64m,exec"],"volumes":[{"host_path":"/a/b","container_path":"/b/c"}]}`),
+			change(`{"image":"python:3.11-slim","network_mode":"x","user":"a","created_ahead":3,"tmpfs":["/x:size=64m,exec"],"volumes":[{"host_path":"/a/b","container_path":"/b/c"}]}`),
 			change(`{"allowed_images":["acme/*","python:*"],"allowed_networks":["x"],"volume_restrictions":{"allowed_host_paths":["/a"]},"resource_limits":{"disk_mb":3}}`),
 			change(`$input.a[0].b`), change(`{"a":[{"b":1}]}`))
 	}

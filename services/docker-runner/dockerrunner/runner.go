@@ -60,6 +60,7 @@ type Runner struct {
 	// isolation is what holds the process itself, required what the operator insists on.
 	isolation []runner.Feature
 	required  []string
+	ahead     *ahead
 	// private are paths of this runner's own and those of Options.DeniedPaths.
 	private deniedPaths
 
@@ -79,7 +80,10 @@ type Runner struct {
 	cgroupsMissing, storageMissing atomic.Bool
 }
 
-var _ runner.JobRunner = (*Runner)(nil)
+var (
+	_ runner.JobRunner = (*Runner)(nil)
+	_ runner.Drainer   = (*Runner)(nil)
+)
 
 // sweepInterval is how often leftovers are looked for.
 const sweepInterval = time.Minute
@@ -117,6 +121,7 @@ func New(o Options) (*Runner, error) {
 		client: cli, ceiling: o.Ceiling, log: o.Logger, owner: who, state: newStateDir(o.StateDir, who), route: routeTo(cli.DaemonHost()),
 		isolation: o.Isolation, required: o.RequireIsolation,
 	}
+	r.ahead = newAhead(r)
 	state, err := newDeniedPaths("it holds the runner's own files", r.state.root)
 	if err != nil {
 		_ = cli.Close()
@@ -149,6 +154,8 @@ func New(o Options) (*Runner, error) {
 func (r *Runner) Close() {
 	r.stop()
 	r.stopped.Wait()
+	r.ahead.close()
+	r.ahead.work.Wait()
 	if err := r.client.Close(); err != nil {
 		r.log.Warn("close the connection to the engine", slog.Any("error", err))
 	}

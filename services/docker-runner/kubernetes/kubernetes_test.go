@@ -252,6 +252,7 @@ func TestRefused(t *testing.T) {
 		"processes of a shared user":      {object{"user": "1000"}, object{"resource_limits": object{"processes": 10}}, "POLICY_VIOLATION", "runner_config.user"},
 		"the shim's own place":            {object{"tmpfs": []string{"/.specql"}}, nil, "VALIDATION", "the runner's own files"},
 		"code from the input":             {object{"command": []string{"sh", "-c", "echo $input.name"}}, nil, "VALIDATION", "run as code"},
+		"created ahead":                   {object{"created_ahead": 2, "command": []string{"run"}}, nil, "VALIDATION", "leave it out"},
 		"too much of environment":         {object{"environment": object{"A": strings.Repeat("x", 1<<20)}}, nil, "VALIDATION", "pass large data by the input"},
 	} {
 		_, _, err := composed(t, jobOf(t, c.config, c.policy), Options{})

@@ -178,6 +178,9 @@ func unsupported(cfg *dockerrunner.Config) []runner.Problem {
 	if strings.HasPrefix(cfg.Image, "sha256:") || bareID.MatchString(cfg.Image) {
 		add("image", "name it by a tag or a digest", "an image ID is known on one engine alone")
 	}
+	if cfg.CreatedAhead != 0 {
+		add("created_ahead", "leave it out", "a cluster runs what it creates: nothing can be created ahead on it")
+	}
 	return found
 }
 
