@@ -191,47 +191,91 @@ func (m *manager) mkParents(h hierarchy, rel string) error {
 }
 
 func (g *Group) limit(l Limits) error {
-	if l.MemoryMB > 0 {
-		bytes := strconv.FormatInt(min(l.MemoryMB, 1<<42)*mebibyte, 10)
-		var err error
-		if g.m.mode == V1 {
-			if err = g.set("memory", "memory.limit_in_bytes", bytes); err == nil {
-				err = ignoreMissing(g.set("memory", "memory.memsw.limit_in_bytes", bytes))
-			}
-		} else {
-			if err = g.set("memory", "memory.max", bytes); err == nil {
-				err = ignoreMissing(g.set("memory", "memory.swap.max", "0"))
-			}
-		}
-		if err != nil {
-			return fmt.Errorf("limit memory to %d MiB: %w", l.MemoryMB, err)
-		}
-	}
 	if g.m.mode == V2 {
 		// One process killed for memory ends the job: a half-dead job has no result to trust.
 		if err := ignoreMissing(g.set("memory", "memory.oom.group", "1")); err != nil && g.dirOf("memory") != "" {
 			return fmt.Errorf("end the whole group when memory is full: %w", err)
 		}
 	}
-	if l.CPUCores > 0 {
-		quota := max(time.Duration(l.CPUCores*float64(cpuPeriod)), minCPUQuota).Microseconds()
-		period := cpuPeriod.Microseconds()
-		var err error
-		if g.m.mode == V1 {
-			if err = g.set("cpu", "cpu.cfs_period_us", strconv.FormatInt(period, 10)); err == nil {
-				err = g.set("cpu", "cpu.cfs_quota_us", strconv.FormatInt(quota, 10))
-			}
-		} else {
-			err = g.set("cpu", "cpu.max", fmt.Sprintf("%d %d", quota, period))
+	g.lims = Limits{}
+	return g.SetLimits(l)
+}
+
+// SetLimits bounds the group anew. What is as it was costs nothing.
+func (g *Group) SetLimits(l Limits) error {
+	was := g.lims
+	if l.MemoryMB != was.MemoryMB {
+		if err := g.limitMemory(was.MemoryMB, l.MemoryMB); err != nil {
+			return fmt.Errorf("limit memory to %d MiB: %w", l.MemoryMB, err)
 		}
-		if err != nil {
+	}
+	if l.CPUCores != was.CPUCores {
+		if err := g.limitCPU(l.CPUCores); err != nil {
 			return fmt.Errorf("limit CPU to %g cores: %w", l.CPUCores, err)
 		}
 	}
-	if l.Processes > 0 {
-		if err := g.set("pids", "pids.max", strconv.FormatInt(l.Processes, 10)); err != nil {
-			return fmt.Errorf("limit processes to %d: %w", l.Processes, err)
+	if l.Processes != was.Processes {
+		if err := g.SetProcesses(l.Processes); err != nil {
+			return err
 		}
+	}
+	g.lims = l
+	return nil
+}
+
+func (g *Group) limitMemory(was, mb int64) error {
+	bytes := strconv.FormatInt(min(mb, 1<<42)*mebibyte, 10)
+	if g.m.mode == V2 {
+		swap := "0"
+		if mb == 0 {
+			bytes, swap = "max", "max"
+		}
+		if err := g.set("memory", "memory.max", bytes); err != nil {
+			return err
+		}
+		return ignoreMissing(g.set("memory", "memory.swap.max", swap))
+	}
+	if mb == 0 {
+		bytes = "-1"
+	}
+	memory := func() error { return g.set("memory", "memory.limit_in_bytes", bytes) }
+	both := func() error { return ignoreMissing(g.set("memory", "memory.memsw.limit_in_bytes", bytes)) }
+	// At no time may the limit without swap be the larger one.
+	if was != 0 && (mb == 0 || mb > was) {
+		memory, both = both, memory
+	}
+	if err := memory(); err != nil {
+		return err
+	}
+	return both()
+}
+
+func (g *Group) limitCPU(cores float64) error {
+	period := strconv.FormatInt(cpuPeriod.Microseconds(), 10)
+	quota := strconv.FormatInt(max(time.Duration(cores*float64(cpuPeriod)), minCPUQuota).Microseconds(), 10)
+	if g.m.mode == V2 {
+		if cores == 0 {
+			quota = "max"
+		}
+		return g.set("cpu", "cpu.max", quota+" "+period)
+	}
+	if cores == 0 {
+		quota = "-1"
+	}
+	if err := g.set("cpu", "cpu.cfs_period_us", period); err != nil {
+		return err
+	}
+	return g.set("cpu", "cpu.cfs_quota_us", quota)
+}
+
+// SetProcesses bounds the processes and threads of the group anew; 0 is no bound.
+func (g *Group) SetProcesses(n int64) error {
+	most := strconv.FormatInt(n, 10)
+	if n == 0 {
+		most = "max"
+	}
+	if err := g.set("pids", "pids.max", most); err != nil {
+		return fmt.Errorf("limit processes to %d: %w", n, err)
 	}
 	return nil
 }
@@ -353,6 +397,9 @@ func (m *manager) removeTree(path string) error {
 // eachGroup calls fn for the groups below path, deepest first, and then for path. A group that
 // goes away meanwhile is passed over.
 func eachGroup(path string, fn func(path string) error) error {
+	if hasNoneBelow(path) {
+		return ignoreMissing(fn(path))
+	}
 	entries, err := os.ReadDir(path)
 	if err != nil {
 		return ignoreMissing(err)
@@ -365,6 +412,13 @@ func eachGroup(path string, fn func(path string) error) error {
 		}
 	}
 	return ignoreMissing(fn(path))
+}
+
+// hasNoneBelow tells whether a group is known to have none below it: the kernel counts the links of
+// its directories, and two are the directory's own.
+func hasNoneBelow(path string) bool {
+	var st syscall.Stat_t
+	return syscall.Stat(path, &st) == nil && st.Nlink == 2
 }
 
 func (g *Group) dirOf(controller string) string {
@@ -398,12 +452,15 @@ func checkName(name string) error {
 }
 
 func write(path, value string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	fd, err := openFile(path, syscall.O_WRONLY)
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteString(value)
-	return errors.Join(err, f.Close())
+	_, err = ignoringEINTR(func() (int, error) { return syscall.Write(fd, []byte(value)) })
+	if err != nil {
+		err = &fs.PathError{Op: "write", Path: path, Err: err}
+	}
+	return errors.Join(err, syscall.Close(fd))
 }
 
 func ignoreMissing(err error) error {

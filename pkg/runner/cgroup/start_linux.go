@@ -89,14 +89,6 @@ func (g *Group) Joins() ([]*os.File, error) {
 	return files, nil
 }
 
-// SetProcesses bounds the processes and threads of the group anew.
-func (g *Group) SetProcesses(n int64) error {
-	if err := g.set("pids", "pids.max", strconv.FormatInt(n, 10)); err != nil {
-		return fmt.Errorf("limit processes to %d: %w", n, err)
-	}
-	return nil
-}
-
 // homes are the process's own groups now; a service manager may have moved it since it began.
 func (g *Group) homes() ([]string, error) {
 	own, err := g.m.ownGroups()

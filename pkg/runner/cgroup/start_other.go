@@ -12,6 +12,3 @@ func (g *Group) Start(*exec.Cmd) error { return ErrUnavailable }
 
 // Joins fails: control groups are Linux's.
 func (g *Group) Joins() ([]*os.File, error) { return nil, ErrUnavailable }
-
-// SetProcesses fails: control groups are Linux's.
-func (g *Group) SetProcesses(int64) error { return ErrUnavailable }

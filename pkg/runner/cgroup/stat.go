@@ -5,10 +5,13 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 )
 
 // Stat reads what the group has used so far, the groups below it included. It works after
@@ -117,8 +120,47 @@ func scaled(n uint64, unit float64, err error) *float64 {
 	return new(float64(n) / unit)
 }
 
+// readFile reads one of the kernel's files. They are small, and reading waits for nothing: without the
+// runtime's poller it takes a third of the system calls.
+func readFile(path string) ([]byte, error) {
+	fd, err := openFile(path, syscall.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = syscall.Close(fd) }()
+	data := make([]byte, 0, 512)
+	for {
+		n, err := ignoringEINTR(func() (int, error) { return syscall.Read(fd, data[len(data):cap(data)]) })
+		if err != nil {
+			return nil, &fs.PathError{Op: "read", Path: path, Err: err}
+		}
+		if n == 0 {
+			return data, nil
+		}
+		if data = data[:len(data)+n]; len(data) == cap(data) {
+			data = slices.Grow(data, len(data))
+		}
+	}
+}
+
+func openFile(path string, mode int) (int, error) {
+	fd, err := ignoringEINTR(func() (int, error) { return syscall.Open(path, mode|syscall.O_CLOEXEC, 0) })
+	if err != nil {
+		return -1, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	return fd, nil
+}
+
+func ignoringEINTR(f func() (int, error)) (int, error) {
+	for {
+		if n, err := f(); !errors.Is(err, syscall.EINTR) {
+			return n, err
+		}
+	}
+}
+
 func readNumber(path string) (uint64, error) {
-	data, err := os.ReadFile(path)
+	data, err := readFile(path)
 	if err != nil {
 		return 0, err
 	}
@@ -127,7 +169,7 @@ func readNumber(path string) (uint64, error) {
 
 // readKeys reads lines of a key and a number; other lines are passed over.
 func readKeys(path string) (map[string]uint64, error) {
-	data, err := os.ReadFile(path)
+	data, err := readFile(path)
 	if err != nil {
 		return nil, err
 	}
@@ -143,7 +185,7 @@ func readKeys(path string) (map[string]uint64, error) {
 
 // readBlkio sums lines such as "8:0 Read 4096".
 func readBlkio(path string) (read, written uint64, err error) {
-	data, err := os.ReadFile(path)
+	data, err := readFile(path)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -168,7 +210,7 @@ func readBlkio(path string) (read, written uint64, err error) {
 
 // readIOStat sums lines such as "8:0 rbytes=4096 wbytes=0 rios=1".
 func readIOStat(path string) (read, written uint64, err error) {
-	data, err := os.ReadFile(path)
+	data, err := readFile(path)
 	if err != nil {
 		return 0, 0, err
 	}

@@ -62,9 +62,10 @@ type attempt struct {
 	checks    runner.Checks
 	isolation []string
 
-	group        *cgroup.Group
-	groupName    string
+	group        *cgroup.Group // that of room
+	room         *room
 	private      string
+	onDisk       bool // private is a directory of the machine, and not of a size of its own
 	process      *process
 	processStart uint64 // in the kernel's ticks
 	dir          string // the command's working directory
@@ -100,14 +101,10 @@ func (a *attempt) run(ctx context.Context) (output []byte, err error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	if a.private, err = os.MkdirTemp(a.r.temp, "job-"); err != nil {
-		return nil, fault.Wrap(err, fault.Internal, "the job's private directory cannot be made")
+	if err := a.makePrivate(); err != nil {
+		return nil, err
 	}
-	defer func() {
-		if rmErr := removeAll(a.private); rmErr != nil {
-			a.r.log.ErrorContext(ctx, "a job's private directory remains", "error", rmErr)
-		}
-	}()
+	defer a.removePrivate(ctx)
 	env, err := environment(ctx, plan.config, a.job, plan.input, a.private)
 	if err != nil {
 		return nil, err
@@ -118,10 +115,34 @@ func (a *attempt) run(ctx context.Context) (output []byte, err error) {
 	if err := a.hold(); err != nil {
 		return nil, err
 	}
-	defer a.release(ctx)
+	defer a.release()
 	return a.supervise(ctx, &launch{
 		command: plan.command, env: env, network: a.network(),
 	}, plan.input)
+}
+
+// makePrivate chooses the place of the job's own directory. Where the sandbox gives it a size, it
+// lies in memory and is gone with the job, and no more than its name is needed.
+func (a *attempt) makePrivate() error {
+	if a.r.box.contained() && a.policy.Limits.DiskMB > 0 {
+		a.private = filepath.Join(a.r.temp, "job-"+strconv.FormatInt(a.r.names.Add(1), 10))
+		return nil
+	}
+	var err error
+	if a.private, err = os.MkdirTemp(a.r.temp, "job-"); err != nil {
+		return fault.Wrap(err, fault.Internal, "the job's private directory cannot be made")
+	}
+	a.onDisk = true
+	return nil
+}
+
+func (a *attempt) removePrivate(ctx context.Context) {
+	if !a.onDisk {
+		return
+	}
+	if err := removeAll(a.private); err != nil {
+		a.r.log.ErrorContext(ctx, "a job's private directory remains", "error", err)
+	}
 }
 
 // plan is a job that was checked.
@@ -221,27 +242,8 @@ func (a *attempt) hold() error {
 		}
 		return nil
 	}
-	name := "job-" + strconv.FormatInt(a.r.jobs.Add(1), 10) + "-" + filepath.Base(a.r.temp)[len(tempPrefix):]
-	processes := limits.Processes
-	if a.r.box.contained() && a.r.groups == cgroup.V1 {
-		processes++ // the thread of the launcher that starts the command
-	}
-	group, err := cgroup.New(groupParent, name, cgroup.Limits{CPUCores: limits.CPUCores, MemoryMB: limits.MemoryMB, Processes: processes})
-	if err != nil {
-		return fault.Wrap(err, fault.Internal, "the job's limits cannot be set: %v", err)
-	}
-	a.group, a.groupName, a.source = group, name, "cgroup"
 	a.isolation = append(a.isolation, isolationCgroup)
 	return nil
-}
-
-func (a *attempt) release(ctx context.Context) {
-	if a.group == nil {
-		return
-	}
-	if err := a.group.Remove(); err != nil {
-		a.r.log.ErrorContext(ctx, "a job's control group remains", "error", err)
-	}
 }
 
 // supervise starts the command, watches it to its end, and ends all that it started.
@@ -276,13 +278,14 @@ func (a *attempt) supervise(ctx context.Context, l *launch, input []byte) ([]byt
 	failure := a.watch(ctx, stdout)
 	telemetry.Enter(ctx, "cleanup")
 	hits := 0
-	if a.group != nil {
+	if a.group != nil && !a.process.contained {
 		hits = a.group.ProcessLimitHits() // the kill makes hits of its own
 	}
 	killErr := a.kill()
 	if killErr == nil {
 		<-a.process.exited
 		a.state = a.process.wait()
+		a.exitCode = exitCode(a.state)
 		a.ended = time.Now()
 	}
 	a.r.setLive(a, false)
@@ -295,6 +298,9 @@ func (a *attempt) supervise(ctx context.Context, l *launch, input []byte) ([]byt
 		return nil, fault.Wrap(killErr, fault.Internal, "the job's processes cannot be ended: %v", killErr)
 	}
 	a.measure(ctx)
+	if a.group != nil && a.process.contained && a.exitCode != 0 {
+		hits = a.group.ProcessLimitHits()
+	}
 	return a.outcome(failure, stdout, stderr, hits)
 }
 
@@ -386,7 +392,6 @@ func (a *attempt) measure(ctx context.Context) {
 
 // outcome is the job's output or error.
 func (a *attempt) outcome(failure error, stdout, stderr *stream, processHits int) ([]byte, error) {
-	a.exitCode = exitCode(a.state)
 	if a.total != nil && a.total.OOMKills > 0 {
 		return nil, a.memoryError()
 	}
@@ -496,6 +501,9 @@ func (a *attempt) diskError() error {
 
 // startError says why a command could not be started.
 func (a *attempt) startError(l *launch, err error) error {
+	if f, ok := errors.AsType[*fault.Error](err); ok {
+		return f
+	}
 	path := l.command.path
 	switch {
 	case errors.Is(err, syscall.ENOENT):

@@ -9,14 +9,20 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/runner/cgroup"
 	"github.com/specql/mesh/services/shell-runner/internal/sandbox"
 )
 
 // holder shuts commands in.
 type holder struct{ box *sandbox.Sandbox }
 
-func newHolder(o Options) (*holder, error) {
-	box, err := sandbox.New(sandbox.Options{Logger: o.Logger, UIDBase: o.UIDBase, Without: o.without})
+func newHolder(r *Runner, o Options) (*holder, error) {
+	so := sandbox.Options{Logger: o.Logger, UIDBase: o.UIDBase, Without: o.without}
+	if r.groups != cgroup.None {
+		so.NewRoom = r.roomAhead
+	}
+	box, err := sandbox.New(so)
 	if err != nil {
 		return nil, err
 	}
@@ -45,7 +51,9 @@ type process struct {
 	contained bool
 	// exited is closed when the command has ended. Its number stays taken until wait.
 	exited chan struct{}
-	notes  []string
+	// gone is closed when nothing is left of what held a contained one.
+	gone  chan struct{}
+	notes []string
 }
 
 // start starts the command. It is held by its group, its limits and its name spaces before its
@@ -61,21 +69,37 @@ func (a *attempt) start(l *launch) (*process, error) {
 		job.TempBytes = mb<<20 + tempSlack
 	}
 	job.Limits = a.limits()
-	if a.group != nil {
-		joins, err := a.group.Joins()
-		if err != nil {
-			return nil, err
-		}
-		defer closeAll(joins...)
-		if job.Groups = joins; joins == nil {
-			job.Join = a.join
-		}
+	if err := a.place(job); err != nil {
+		return nil, err
 	}
 	p, err := a.r.box.box.Start(job)
 	if err != nil {
 		return nil, err
 	}
-	return &process{Process: p, pid: p.PID, contained: p.Contained, exited: p.Exited, notes: p.Notes}, nil
+	return &process{Process: p, pid: p.PID, contained: p.Contained, exited: p.Exited, gone: p.Gone, notes: p.Notes}, nil
+}
+
+// place says how the job gets into its control group.
+func (a *attempt) place(job *sandbox.Job) error {
+	switch {
+	case a.r.groups == cgroup.None:
+		return nil
+	case a.r.box.contained():
+		job.Enter = func(g sandbox.Room) error { return a.enter(g.(*room)) } //nolint:forcetypeassert // there is no other
+	default:
+		g, err := a.r.newRoom()
+		if err != nil {
+			return fault.Wrap(err, fault.Internal, "the job's limits cannot be set: %v", err)
+		}
+		if err := a.enter(g); err != nil {
+			return err
+		}
+		job.Groups = g.joins
+	}
+	if a.r.groups == cgroup.V2 { // no thread moves alone there
+		job.Join = a.join
+	}
+	return nil
 }
 
 func (p *process) wait() *sandbox.State { return p.Wait() }
@@ -116,7 +140,7 @@ func (a *attempt) limits() []sandbox.Limit {
 		size := uint64(cutSize(l.DiskMB)) //nolint:gosec // bounded by the schema
 		limits = append(limits, sandbox.Limit{Which: unix.RLIMIT_FSIZE, Soft: size, Hard: size})
 	}
-	if a.group == nil {
+	if a.r.groups == cgroup.None {
 		if l.MemoryMB > 0 {
 			size := uint64(l.MemoryMB) << 20
 			limits = append(limits, sandbox.Limit{Which: unix.RLIMIT_DATA, Soft: size, Hard: size})

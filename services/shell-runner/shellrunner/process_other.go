@@ -13,7 +13,7 @@ var errPlatform = errors.New("shell jobs run on Linux alone; use the docker exec
 
 type holder struct{}
 
-func newHolder(Options) (*holder, error) { return &holder{}, nil }
+func newHolder(*Runner, Options) (*holder, error) { return &holder{}, nil }
 
 func (*holder) close() {}
 
@@ -31,6 +31,7 @@ type process struct {
 	pid       int
 	contained bool
 	exited    chan struct{}
+	gone      chan struct{}
 	notes     []string
 }
 
@@ -41,6 +42,10 @@ func (*process) wait() *sandbox.State { return nil }
 func (*process) tempUsed() (int64, bool) { return 0, false }
 
 func (*attempt) kill() error { return errPlatform }
+
+type room struct{ name string }
+
+func (*attempt) release() {}
 
 func (*Runner) reapOrphans() ([]int, int) { return nil, 0 }
 

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,6 +26,9 @@ const Type = "shell"
 const (
 	groupParent = "shell"
 	tempPrefix  = "specql-shell-"
+	// mostTidying is how many jobs may be over and answered while the kernel still takes down
+	// what held them. Beyond it a job waits for its own.
+	mostTidying = 64
 )
 
 // Options configure a [Runner].
@@ -60,7 +64,7 @@ type Runner struct {
 	noNet   error  // why commands cannot be given a network of their own
 	noLoop  error  // why they cannot be given a loopback of their own
 	box     *holder
-	jobs    atomic.Int64
+	names   atomic.Int64 // of private directories that are none of the machine's
 	// types never change.
 	types []runner.Type
 
@@ -68,6 +72,26 @@ type Runner struct {
 	live map[*attempt]bool // those with a process
 
 	reaping sync.Mutex
+
+	groupsMade atomic.Int64
+	lastLimits atomic.Pointer[cgroup.Limits]
+	// tidying is what is done behind answers, places bounds how much.
+	tidying sync.WaitGroup
+	places  chan struct{}
+}
+
+// background does something behind the answer of a job, unless too much is done there already.
+func (r *Runner) background(f func()) {
+	select {
+	case r.places <- struct{}{}:
+	default:
+		f()
+		return
+	}
+	r.tidying.Go(func() {
+		defer func() { <-r.places }()
+		f()
+	})
 }
 
 // New makes a runner and removes what crashed runners left on this machine. [Runner.Close]
@@ -83,7 +107,7 @@ func New(o Options) (*Runner, error) {
 		}
 	}
 	r := &Runner{
-		ceiling: o.Ceiling, log: o.Logger, reap: o.ReapOrphans, scripts: interpreters(), live: map[*attempt]bool{},
+		ceiling: o.Ceiling, log: o.Logger, reap: o.ReapOrphans, scripts: interpreters(), live: map[*attempt]bool{}, places: make(chan struct{}, mostTidying),
 		types: []runner.Type{{
 			Name: Type, ConfigSchema: runner.SchemaOf[Config](), PolicySchema: runner.SchemaOf[Policy](), OperationSchema: runner.SchemaOf[Operation](),
 		}},
@@ -92,6 +116,9 @@ func New(o Options) (*Runner, error) {
 		r.log = slog.New(slog.DiscardHandler)
 	}
 	r.groups, r.noGroup = cgroup.Detect()
+	if slices.Contains(o.without, isolationCgroup) {
+		r.groups, r.noGroup = cgroup.None, "it is not wanted"
+	}
 	if r.groups == cgroup.None {
 		r.log.Warn("no control groups: limits hold by process and less is measured", "reason", r.noGroup)
 	}
@@ -101,23 +128,22 @@ func New(o Options) (*Runner, error) {
 	if err := adoptOrphans(); err != nil {
 		return nil, err
 	}
-	o.Logger = r.log
-	var err error
-	if r.box, err = newHolder(o); err != nil {
-		return nil, err
-	}
-	r.noNet, r.noLoop = r.box.networkMissing()
-	if err := runner.Require(r.features(), o.RequireIsolation); err != nil {
-		r.box.close()
-		return nil, err
-	}
 	if o.TempDir == "" {
 		o.TempDir = os.TempDir()
 	}
 	r.removeLeftovers(o.TempDir)
+	var err error
 	if r.temp, err = os.MkdirTemp(o.TempDir, tempPrefix+cgroup.Instance()+"-"); err != nil {
-		r.box.close()
 		return nil, fmt.Errorf("make the directory for jobs: %w", err)
+	}
+	o.Logger = r.log
+	if r.box, err = newHolder(r, o); err != nil {
+		return nil, errors.Join(err, removeAll(r.temp))
+	}
+	r.noNet, r.noLoop = r.box.networkMissing()
+	if err := runner.Require(r.features(), o.RequireIsolation); err != nil {
+		r.box.close()
+		return nil, errors.Join(err, removeAll(r.temp))
 	}
 	return r, nil
 }
@@ -149,6 +175,7 @@ func (r *Runner) removeLeftovers(temp string) {
 
 // Close removes what the runner keeps on the machine. Jobs must have ended.
 func (r *Runner) Close() error {
+	r.tidying.Wait()
 	r.box.close()
 	err := errors.Join(removeAll(r.temp), cgroup.Release(groupParent))
 	if err != nil {

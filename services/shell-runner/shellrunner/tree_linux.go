@@ -45,16 +45,14 @@ func (a *attempt) kill() error {
 	return a.killOrphans()
 }
 
-// killContained ends a job whose processes cannot outlive its launcher.
+// killContained ends a job that is over only when no process of its name space is left but its
+// launcher.
 func (a *attempt) killContained() error {
 	a.process.Kill()
 	select {
 	case <-a.process.exited:
 	case <-time.After(killTimeout):
 		return fmt.Errorf("launcher %d outlives SIGKILL by %s", a.process.pid, killTimeout)
-	}
-	if a.group != nil {
-		return a.group.Kill() // nothing is left; new processes could not be made either
 	}
 	return nil
 }
@@ -101,7 +99,7 @@ func (a *attempt) left(pid int) (left, escaped bool) {
 			return false, false // gone
 		}
 		own := "/" + groupParent + "-" + cgroup.Instance() + "/"
-		if bytes.Contains(groups, []byte(own+a.groupName)) {
+		if bytes.Contains(groups, []byte(own+a.room.name)) {
 			return true, false // killed, and about to end
 		}
 		escaped := !bytes.Contains(groups, []byte(own)) // else it is another job's

@@ -27,6 +27,8 @@ const (
 	// kindNetwork and kindHost are of a stage: whether the launcher has a network of its own.
 	kindNetwork = "network"
 	kindHost    = "host"
+	// filteredSuffix is behind a kind where system calls are to be filtered.
+	filteredSuffix = "-filtered"
 )
 
 // launcherSocket is the launcher's descriptor of the socket to its runner.

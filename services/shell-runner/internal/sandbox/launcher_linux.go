@@ -1,11 +1,13 @@
 package sandbox
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -15,14 +17,15 @@ import (
 func launcherMain(mode, kind string) int {
 	runtime.LockOSThread()
 	if mode == modeStage {
-		return stage(kind == kindNetwork)
+		return stage(kind)
 	}
 	if mode == modeHold {
 		var b [1]byte
 		_, _ = unix.Read(launcherSocket, b[:]) // until the runner has what it wants
 		return 0
 	}
-	l := &launcher{descriptors: kind == kindDescriptors}
+	kind, filtered := strings.CutSuffix(kind, filteredSuffix)
+	l := &launcher{descriptors: kind == kindDescriptors, filtered: filtered}
 	if err := l.run(mode); err != nil {
 		answer := reply{Err: err.Error()}
 		answer.Errno, _ = errors.AsType[syscall.Errno](err)
@@ -34,11 +37,16 @@ func launcherMain(mode, kind string) int {
 
 // stage starts a launcher for a runner without privileges. Such a runner hides its memory from
 // its own user, by which the kernel denies it the maps of its children's user name spaces.
-func stage(ownNetwork bool) int {
+func stage(kind string) int {
+	kind, filtered := strings.CutSuffix(kind, filteredSuffix)
+	launcherKind := kindPaths
+	if filtered {
+		launcherKind += filteredSuffix
+	}
 	uid, gid := os.Getuid(), os.Getgid()
 	cmd := &exec.Cmd{
-		Path: "/proc/self/exe", Args: []string{launcherName, modeSpaces, kindPaths}, Env: launcherEnvironment, Dir: "/",
-		ExtraFiles: []*os.File{os.NewFile(launcherSocket, "runner")}, SysProcAttr: spaces(ownNetwork),
+		Path: "/proc/self/exe", Args: []string{launcherName, modeSpaces, launcherKind}, Env: launcherEnvironment, Dir: "/",
+		ExtraFiles: []*os.File{os.NewFile(launcherSocket, "runner")}, SysProcAttr: spaces(kind == kindNetwork),
 	}
 	cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: uid, HostID: uid, Size: 1}}
 	cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: gid, HostID: gid, Size: 1}}
@@ -73,8 +81,47 @@ func spaces(ownNetwork bool) *syscall.SysProcAttr {
 
 type launcher struct {
 	descriptors bool
+	filtered    bool
 	rules       *ruleset // of the system's directories, made ahead
 	temp        string
+	starter     *starter
+}
+
+// starter is the thread that starts the program: what a process inherits from its maker's thread
+// is set on it, all but the job's own rules ahead of the job. It lives as long as the launcher,
+// since it is in the job's control groups.
+type starter struct {
+	jobs    chan *job
+	started chan start
+}
+
+type start struct {
+	pid int
+	err error
+}
+
+// newStarter makes the thread and waits until it is ready.
+func (l *launcher) newStarter(groups []int) error {
+	l.starter = &starter{jobs: make(chan *job), started: make(chan start)}
+	go func() {
+		runtime.LockOSThread() // and never unlocks it: the thread must not be used for anything else
+		err := join(groups)
+		if err == nil {
+			err = confine(l.filtered, false)
+		}
+		l.starter.started <- start{err: err}
+		for j := range l.starter.jobs {
+			pid, err := 0, j.restrict()
+			if err == nil {
+				pid, err = syscall.ForkExec(j.spec.Path, j.spec.Argv, &syscall.ProcAttr{ //nolint:gosec // what the policy allows
+					Dir: j.spec.Dir, Env: j.spec.Env, Files: []uintptr{uintptr(j.stdio[0]), uintptr(j.stdio[1]), uintptr(j.stdio[2])}, //nolint:gosec // descriptors
+					Sys: &syscall.SysProcAttr{Setsid: true},
+				})
+			}
+			l.starter.started <- start{pid, err}
+		}
+	}()
+	return (<-l.starter.started).err
 }
 
 func (l *launcher) run(mode string) error {
@@ -87,9 +134,24 @@ func (l *launcher) run(mode string) error {
 	}
 	abi, _ := landlockABI()
 	if mode == modeSpaces {
+		var a ahead
+		groups, err := receive(launcherSocket, &a)
+		if err != nil {
+			return nil // the runner has no use for this launcher any more
+		}
+		if len(groups) != a.Groups {
+			return errors.New("too few descriptors came")
+		}
 		if err := l.prepare(abi); err != nil {
 			return err
 		}
+		if err := l.newStarter(groups); err != nil {
+			return err
+		}
+		for _, fd := range groups {
+			_ = unix.Close(fd)
+		}
+		warmUp()
 		if err := send(launcherSocket, reply{Ready: true}, nil); err != nil {
 			return err
 		}
@@ -130,26 +192,11 @@ func (j *job) carry() error {
 	if err := j.setLimits(func(which int) bool { return which != unix.RLIMIT_DATA }); err != nil {
 		return err
 	}
-	type start struct {
-		pid int
-		err error
+	if err := j.addRules(); err != nil {
+		return err
 	}
-	started := make(chan start)
-	// What a process inherits from its maker's thread is set on a thread made for it. It lives as
-	// long as the launcher, since it is in the job's control groups.
-	go func() {
-		runtime.LockOSThread()
-		pid, err := 0, j.confine()
-		if err == nil {
-			pid, err = syscall.ForkExec(j.spec.Path, j.spec.Argv, &syscall.ProcAttr{ //nolint:gosec // what the policy allows
-				Dir: j.spec.Dir, Env: j.spec.Env, Files: []uintptr{uintptr(j.stdio[0]), uintptr(j.stdio[1]), uintptr(j.stdio[2])}, //nolint:gosec // descriptors
-				Sys: &syscall.SysProcAttr{Setsid: true},
-			})
-		}
-		started <- start{pid, err}
-		select {} // the thread must not be used for anything else
-	}()
-	s := <-started
+	j.launcher.starter.jobs <- j
+	s := <-j.launcher.starter.started
 	if s.err != nil {
 		return s.err
 	}
@@ -177,10 +224,33 @@ func (j *job) carry() error {
 		if err != nil {
 			return fmt.Errorf("wait for the program: %w", err)
 		}
+		if err := endAll(); err != nil {
+			return err
+		}
 		return send(launcherSocket, reply{OwnPeak: ownPeak(), Ended: &ended{
 			Status: uint32(status), Utime: used.Utime.Nano(), Stime: used.Stime.Nano(), MaxRSS: used.Maxrss, Inblock: used.Inblock, Oublock: used.Oublock,
 			TempUsed: j.launcher.tempUsed(),
 		}}, nil)
+	}
+}
+
+// endAll ends every other process of the job and returns when none is left: this process is the
+// one that the orphans of its name space are handed to.
+func endAll() error {
+	for options := unix.WALL | unix.WNOHANG; ; {
+		switch pid, err := unix.Wait4(-1, nil, options, nil); {
+		case errors.Is(err, unix.ECHILD):
+			return nil
+		case err != nil && !errors.Is(err, unix.EINTR):
+			return fmt.Errorf("wait for the job's processes: %w", err)
+		case err == nil && pid == 0: // some live
+			if err := unix.Kill(-1, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("end the job's processes: %w", err)
+			}
+			options = unix.WALL
+		default:
+			options = unix.WALL | unix.WNOHANG
+		}
 	}
 }
 
@@ -216,7 +286,17 @@ func (j *job) become() error {
 	if err := j.setLimits(func(int) bool { return true }); err != nil {
 		return err
 	}
-	if err := j.confine(); err != nil {
+	if err := j.addRules(); err != nil {
+		return err
+	}
+	// The groups come first, so that what the rest costs is the job's.
+	if err := join(j.groups); err != nil {
+		return err
+	}
+	if err := confine(!j.spec.NoFilter, j.spec.NoSockets); err != nil {
+		return err
+	}
+	if err := j.restrict(); err != nil {
 		return err
 	}
 	if err := send(launcherSocket, reply{OwnPeak: ownPeak()}, nil); err != nil {
@@ -225,37 +305,64 @@ func (j *job) become() error {
 	return syscall.Exec(j.spec.Path, j.spec.Argv, j.spec.Env) //nolint:gosec // what the policy allows
 }
 
-// confine takes from this thread, and from what it starts, what a job is not to have.
-func (j *job) confine() error {
-	for _, fd := range j.groups {
+// join puts this thread, and what it starts, into control groups.
+func join(groups []int) error {
+	for _, fd := range groups {
 		if _, err := unix.Write(fd, []byte("0")); err != nil {
 			return fmt.Errorf("join the control group: %w", err)
 		}
 	}
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("set no_new_privs: %w", err)
+	return nil
+}
+
+// addRules completes the Landlock rules for the job.
+func (j *job) addRules() error {
+	if j.launcher.rules == nil || j.spec.ABI == 0 {
+		return nil
 	}
-	if j.launcher.rules != nil && j.spec.ABI > 0 {
-		for _, r := range j.spec.Rules {
-			if err := j.launcher.rules.allow(r.Path, r.Access); err != nil {
-				return err
-			}
-		}
-		if err := j.launcher.rules.apply(); err != nil {
+	for _, r := range j.spec.Rules {
+		if err := j.launcher.rules.allow(r.Path, r.Access); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// restrict applies the rules. It needs no_new_privs.
+func (j *job) restrict() error {
+	if j.launcher.rules == nil || j.spec.ABI == 0 {
+		return nil
+	}
+	return j.launcher.rules.apply()
+}
+
+// confine takes from this thread, and from what it starts, what no job is to have.
+func confine(filtered, noSockets bool) error {
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("set no_new_privs: %w", err)
 	}
 	if err := dropCapabilities(); err != nil {
 		return err
 	}
-	if j.spec.NoFilter {
+	if !filtered {
 		return nil
 	}
-	program, err := systemCalls(j.spec.NoSockets)
+	program, err := systemCalls(noSockets)
 	if err != nil {
 		return err
 	}
 	return applyFilter(program)
+}
+
+// warmUp reads a description once, so that the first one that counts is read by code that has
+// run before.
+func warmUp() {
+	body, err := json.Marshal(spec{
+		Argv: []string{""}, Env: []string{""}, Mounts: []mount{{}}, Links: []link{{}}, Temp: &temp{}, Rules: []rule{{}}, Limits: []Limit{{}},
+	})
+	if err == nil {
+		_ = json.Unmarshal(body, new(spec)) // nothing depends on it
+	}
 }
 
 // ownPeak is this process's largest memory, in KiB.

@@ -46,12 +46,24 @@ type Options struct {
 	// Without are ways of holding a job to leave away, as on a machine that lacks them:
 	// [UserNamespace] stands for all name spaces, [Landlock] and [Seccomp] for themselves.
 	Without []string
+	// NewRoom makes a place for a launcher made ahead; nil for none.
+	NewRoom func() (Room, error)
+}
+
+// Room is what the thread that starts a job is in ahead of it, such as control groups. It is
+// used once.
+type Room interface {
+	// Joins are the files through which the thread joins, by writing 0 to each.
+	Joins() []*os.File
+	// Close takes away a room that no job got.
+	Close()
 }
 
 // Sandbox starts jobs. Its methods are safe for concurrent use.
 type Sandbox struct {
-	log  *slog.Logger
-	base int
+	log     *slog.Logger
+	base    int
+	newRoom func() (Room, error)
 	// spaces tells that jobs get name spaces, ownUID that each becomes a user of its own.
 	spaces, ownUID bool
 	noSpaces       error
@@ -82,15 +94,18 @@ type launched struct {
 	socket int
 	slot   int // -1 for none
 	uid    int // of the job
+	room   Room
 
 	mu sync.Mutex
 	fd int // by which a stage's launcher is ended; -1 for none
+	// gone tells that the launcher has ended and socket is closed.
+	gone bool
 }
 
 // New finds out what this machine can hold jobs with. Close ends what it started.
 func New(o Options) (*Sandbox, error) {
 	s := &Sandbox{
-		log: o.Logger, base: cmp.Or(o.UIDBase, DefaultUIDBase), work: make(chan func()), done: make(chan struct{}),
+		log: o.Logger, base: cmp.Or(o.UIDBase, DefaultUIDBase), newRoom: o.NewRoom, work: make(chan func()), done: make(chan struct{}),
 		idle: map[bool][]*launched{}, making: map[bool]int{}, slots: map[int]bool{}, maps: map[idMap]int{},
 	}
 	if s.base < 1 || s.base > 1<<31-UIDs {
@@ -233,6 +248,9 @@ func (s *Sandbox) discard(l *launched) {
 	_ = unix.Close(l.socket)
 	l.wait()
 	s.free(l.slot)
+	if l.room != nil {
+		l.room.Close()
+	}
 }
 
 func (s *Sandbox) slot() (int, error) {
@@ -267,16 +285,20 @@ func (s *Sandbox) spawn(ownNetwork bool) (*launched, error) {
 		attr.GidMappingsEnableSetgroups = true
 		attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: l.uid, HostID: l.uid, Size: 1}}
 		attr.GidMappings = attr.UidMappings
-		err = s.exec(l, modeSpaces, kindDescriptors, attr)
+		err = s.exec(l, modeSpaces, s.filtered(kindDescriptors), attr)
 	} else {
 		kind := kindHost
 		if ownNetwork {
 			kind = kindNetwork
 		}
-		err = s.exec(l, modeStage, kind, &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL})
+		err = s.exec(l, modeStage, s.filtered(kind), &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL})
 	}
 	if err != nil {
 		s.free(l.slot)
+		return nil, err
+	}
+	if err := s.furnish(l); err != nil {
+		s.discard(l)
 		return nil, err
 	}
 	if err := l.prepared(!s.ownUID); err != nil {
@@ -284,6 +306,27 @@ func (s *Sandbox) spawn(ownNetwork bool) (*launched, error) {
 		return nil, fmt.Errorf("make name spaces: %w", err)
 	}
 	return l, nil
+}
+
+// furnish gives a launcher its room.
+func (s *Sandbox) furnish(l *launched) (err error) {
+	var files []int
+	if s.newRoom != nil {
+		if l.room, err = s.newRoom(); err != nil {
+			return err
+		}
+		for _, f := range l.room.Joins() {
+			files = append(files, int(f.Fd())) //nolint:gosec // a descriptor
+		}
+	}
+	return send(l.socket, ahead{Groups: len(files)}, files)
+}
+
+func (s *Sandbox) filtered(kind string) string {
+	if s.noSeccomp != nil {
+		return kind
+	}
+	return kind + filteredSuffix
 }
 
 // prepared waits until a launcher is ready for a job. That of a stage tells it and the stage its
@@ -314,6 +357,15 @@ func (l *launched) kill() {
 		return
 	}
 	_ = l.cmd.Process.Kill()
+}
+
+// ask has a launcher end its job.
+func (l *launched) ask() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.gone {
+		_, _ = unix.SendmsgN(l.socket, []byte{0}, nil, nil, unix.MSG_NOSIGNAL) // else it has ended
+	}
 }
 
 // wait returns when the launcher is gone, with all of its job.
@@ -408,7 +460,7 @@ func (l *launched) waits() bool {
 }
 
 // refill has launchers made for the next jobs, at a time when that slows this one least.
-func (s *Sandbox) refill(ownNetwork bool, exited <-chan struct{}) {
+func (s *Sandbox) refill(ownNetwork bool, gone <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed || s.making[ownNetwork] > 0 || len(s.idle[ownNetwork]) >= ready {
@@ -419,7 +471,7 @@ func (s *Sandbox) refill(ownNetwork bool, exited <-chan struct{}) {
 	s.filled.Go(func() {
 		if wait {
 			select {
-			case <-exited:
+			case <-gone:
 			case <-s.done:
 			case <-time.After(refillAfter):
 			}
@@ -523,8 +575,11 @@ type Job struct {
 	Network               Network
 	Limits                []Limit
 	Stdin, Stdout, Stderr *os.File
-	// Groups are the files through which a thread joins the job's control groups, and Join moves a
-	// process; one of them, or neither.
+	// Enter is told the room of the job's launcher, where it has one, before the job is told to
+	// the launcher. From then on the room is the job's.
+	Enter func(Room) error
+	// Groups are the files through which the thread of a job without name spaces joins its control
+	// groups, and Join moves a process; one of them, or neither.
 	Groups []*os.File
 	Join   func(pid int) error
 }
@@ -535,8 +590,12 @@ type Process struct {
 	PID int
 	// Contained tells that no process outlives the job's end.
 	Contained bool
-	// Exited is closed when the job has ended. Its number stays taken until Wait.
+	// Exited is closed when the job has ended. The number of one that is not contained stays taken
+	// until Wait.
 	Exited chan struct{}
+	// Gone is closed when nothing is left of a contained job's launcher either, which is some time
+	// after the job's end: the kernel takes its name spaces down.
+	Gone chan struct{}
 	// Notes are what the job's author should know.
 	Notes []string
 
@@ -563,10 +622,15 @@ func (s *Sandbox) Start(j *Job) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Process{PID: l.pid, Contained: true, Exited: make(chan struct{}), l: l, s: s}
+	p := &Process{PID: l.pid, Contained: true, Exited: make(chan struct{}), Gone: make(chan struct{}), l: l, s: s}
 	b := &building{s: s, job: j, process: p, spec: s.newSpec(j)}
 	defer b.close()
 	err = b.tree()
+	if err == nil && l.room != nil && j.Enter != nil {
+		room := l.room
+		l.room = nil
+		err = j.Enter(room)
+	}
 	if err == nil && j.Join != nil {
 		err = j.Join(p.PID)
 	}
@@ -584,7 +648,7 @@ func (s *Sandbox) Start(j *Job) (*Process, error) {
 		p.temp = fmt.Sprintf("/proc/%d/root%s", p.PID, j.Private)
 	}
 	go p.watch()
-	s.refill(j.Network != HostNetwork, p.Exited)
+	s.refill(j.Network != HostNetwork, p.Gone)
 	return p, nil
 }
 
@@ -764,31 +828,37 @@ func (b *building) open(path string, mapped bool) error {
 	return nil
 }
 
-// watch waits for the job's end.
+// watch waits for the job's end, and then for its launcher's. A launcher tells of the end when it
+// has seen every other process of its name space gone; where it cannot, its own end says it.
 func (p *Process) watch() {
-	defer close(p.Exited)
 	var r reply
 	_, err := receive(p.l.socket, &r)
-	if err != nil {
-		p.l.kill() // it has closed the socket, and does not tell more
-	}
-	p.l.wait()
-	switch {
-	case err == nil && r.Ended != nil:
+	if err == nil && r.Ended != nil {
 		e := r.Ended
 		p.state = State{
 			Status: syscall.WaitStatus(e.Status), User: time.Duration(e.Utime), System: time.Duration(e.Stime), PeakKB: above(e.MaxRSS, r.OwnPeak),
 			Inblock: e.Inblock, Oublock: e.Oublock, TempUsed: e.TempUsed,
 		}
-	default: // the launcher was ended itself, and the job with it
+		close(p.Exited)
+		p.l.kill() // it is about to end by itself
+		p.l.wait()
+	} else { // the launcher was ended itself, and the job with it
+		p.l.kill() // it has closed the socket, and does not tell more
+		p.l.wait()
 		if status, ok := p.l.cmd.ProcessState.Sys().(syscall.WaitStatus); ok && status.Signaled() {
 			p.state.Status = status
 		} else {
 			p.state.Status = syscall.WaitStatus(unix.SIGKILL)
 			p.s.log.Warn("a launcher did not tell how its job ended", "error", errors.Join(err, r.error()))
 		}
+		close(p.Exited)
 	}
 	p.s.free(p.l.slot)
+	p.l.mu.Lock()
+	p.l.gone = true
+	_ = unix.Close(p.l.socket)
+	p.l.mu.Unlock()
+	close(p.Gone)
 }
 
 // Kill ends every process of a contained job, or the program of another. Wait for Exited.
@@ -797,7 +867,12 @@ func (p *Process) Kill() {
 		_ = unix.Kill(p.PID, unix.SIGKILL) // gone already is as good
 		return
 	}
-	p.asked.Do(func() { _, _ = unix.SendmsgN(p.l.socket, []byte{0}, nil, nil, unix.MSG_NOSIGNAL) }) // else it has ended
+	select {
+	case <-p.Exited:
+		return
+	default:
+	}
+	p.asked.Do(p.l.ask)
 	select {
 	case <-p.Exited:
 	case <-time.After(killTimeout):
@@ -809,7 +884,6 @@ func (p *Process) Kill() {
 func (p *Process) Wait() *State {
 	<-p.Exited
 	if p.Contained {
-		_ = unix.Close(p.l.socket)
 		return &p.state
 	}
 	close(p.reap)

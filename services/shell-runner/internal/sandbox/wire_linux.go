@@ -17,6 +17,12 @@ const maxMessage = 16 << 20
 // maxFiles is what the kernel passes in one message.
 const maxFiles = 253
 
+// ahead is what a launcher with name spaces gets first: the files through which its thread joins
+// control groups.
+type ahead struct {
+	Groups int `json:"groups"`
+}
+
 // spec is a job as its launcher gets it. Descriptors come in the order: standard input, output
 // and error, the control groups' files, the mounts that have one.
 type spec struct {
