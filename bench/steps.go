@@ -22,6 +22,8 @@ import (
 // stepKinds are what -steps measures, by execution type: what a runner adds to what it runs.
 var stepKinds = map[string]func(context.Context, *steps) error{
 	"docker": dockerSteps,
+	"http":   httpSteps,
+	"shell":  shellSteps,
 }
 
 // steps measures single steps, without an orchestrator: the runner is a process of its own, called as an
@@ -91,7 +93,9 @@ type stepRunner struct {
 	conn    *grpc.ClientConn
 	stream  runnerv1.RunnerService_ExecuteClient
 	end     context.CancelFunc
-	count   int
+	// name and count make the ids of jobs.
+	name  string
+	count int
 }
 
 // startRunner builds a runner, starts it and connects to it.
@@ -106,7 +110,7 @@ func (s *steps) startRunner(ctx context.Context, name string, args ...string) (_
 	if err != nil {
 		return nil, err
 	}
-	r := &stepRunner{}
+	r := &stepRunner{name: "step"}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())
@@ -132,7 +136,7 @@ func (s *steps) startRunner(ctx context.Context, name string, args ...string) (_
 // execute runs one job to its end: one after the other on one stream, as an orchestrator does it.
 func (r *stepRunner) execute(job *runnerv1.Job) (*runnerv1.Finished, error) {
 	r.count++
-	job.Id, job.RunId, job.Attempt, job.More = fmt.Sprintf("step-%d", r.count), "run", 1, true
+	job.Id, job.RunId, job.Attempt, job.More = fmt.Sprintf("%s-%d", r.name, r.count), "run", 1, true
 	job.IdempotencyKey, job.Timeout, job.Lease = job.GetId(), durationpb.New(time.Minute), durationpb.New(30*time.Second)
 	if err := r.stream.Send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: job}}); err != nil {
 		return nil, err
@@ -149,6 +153,21 @@ func (r *stepRunner) execute(job *runnerv1.Job) (*runnerv1.Finished, error) {
 			return finished, nil
 		}
 	}
+}
+
+// streams gives so many runners that are the same one, each with a stream of its own, and ends them.
+func (r *stepRunner) streams(ctx context.Context, n int) (_ chan *stepRunner, end context.CancelFunc, err error) {
+	streaming, end := context.WithCancel(ctx)
+	all := make(chan *stepRunner, n)
+	for i := range n {
+		one := &stepRunner{name: fmt.Sprintf("%s-%d-%d", r.name, n, i)}
+		if one.stream, err = runnerv1.NewRunnerServiceClient(r.conn).Execute(streaming); err != nil {
+			end()
+			return nil, nil, err
+		}
+		all <- one
+	}
+	return all, end, nil
 }
 
 func (r *stepRunner) close() error {
