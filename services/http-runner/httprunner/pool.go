@@ -215,36 +215,10 @@ type meter struct {
 
 func (m *meter) trace(ctx context.Context) context.Context {
 	stages := stagesOf(ctx)
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GetConn:              func(string) { stages.connecting(phaseConnect) },
-		DNSStart:             func(httptrace.DNSStartInfo) { stages.connecting(phaseDNS) },
-		DNSDone:              func(httptrace.DNSDoneInfo) { stages.connecting(phaseConnect) },
-		ConnectStart:         func(string, string) { stages.connecting(phaseConnect) },
-		TLSHandshakeStart:    func() { stages.connecting(phaseTLS) },
-		TLSHandshakeDone:     func(tls.ConnectionState, error) { stages.connecting(phaseConnect) },
-		GotFirstResponseByte: func() { stages.enter(phaseRunner) },
+	t := &httptrace.ClientTrace{
 		GotConn: func(info httptrace.GotConnInfo) {
 			stages.got()
-			m.mu.Lock()
-			defer m.mu.Unlock()
-			m.connected = true
-			if a := info.Conn.RemoteAddr(); a != nil {
-				m.addresses = append(m.addresses, a.String())
-			}
-			conn := info.Conn
-			if t, ok := conn.(*tls.Conn); ok {
-				if t.ConnectionState().NegotiatedProtocol == "h2" {
-					m.shared = true
-					return
-				}
-				conn = t.NetConn()
-			}
-			counted, ok := conn.(*countedConn)
-			if !ok {
-				m.shared = true
-				return
-			}
-			counted.own(&m.wire)
+			m.connectedBy(info.Conn)
 		},
 		WroteRequest: func(info httptrace.WroteRequestInfo) {
 			stages.enter(phaseFirstByte)
@@ -252,7 +226,39 @@ func (m *meter) trace(ctx context.Context) context.Context {
 			defer m.mu.Unlock()
 			m.wrote = m.wrote || info.Err == nil
 		},
-	})
+	}
+	if stages != nil {
+		t.GetConn = func(string) { stages.connecting(phaseConnect) }
+		t.DNSStart = func(httptrace.DNSStartInfo) { stages.connecting(phaseDNS) }
+		t.DNSDone = func(httptrace.DNSDoneInfo) { stages.connecting(phaseConnect) }
+		t.ConnectStart = func(string, string) { stages.connecting(phaseConnect) }
+		t.TLSHandshakeStart = func() { stages.connecting(phaseTLS) }
+		t.TLSHandshakeDone = func(tls.ConnectionState, error) { stages.connecting(phaseConnect) }
+		t.GotFirstResponseByte = func() { stages.enter(phaseRunner) }
+	}
+	return httptrace.WithClientTrace(ctx, t)
+}
+
+func (m *meter) connectedBy(conn net.Conn) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.connected = true
+	if a := conn.RemoteAddr(); a != nil {
+		m.addresses = append(m.addresses, a.String())
+	}
+	if t, ok := conn.(*tls.Conn); ok {
+		if t.ConnectionState().NegotiatedProtocol == "h2" {
+			m.shared = true
+			return
+		}
+		conn = t.NetConn()
+	}
+	counted, ok := conn.(*countedConn)
+	if !ok {
+		m.shared = true
+		return
+	}
+	counted.own(&m.wire)
 }
 
 // stages tell the phases and the span of one request what happens to it. A nil one tells nobody.
