@@ -112,9 +112,7 @@ func (a *attempt) run(ctx context.Context) (output []byte, err error) {
 	if err := checkSizes(plan.command.argv, env); err != nil {
 		return nil, err
 	}
-	if err := a.hold(); err != nil {
-		return nil, err
-	}
+	a.noteHolds()
 	defer a.release()
 	return a.supervise(ctx, &launch{
 		command: plan.command, env: env, network: a.network(),
@@ -215,10 +213,10 @@ func at(place string, err error) error {
 	return &fault.Error{Code: f.Code, Message: place + ": " + f.Message, Retryable: f.Retryable, Cause: f}
 }
 
-// hold makes the job's control group and notes what holds the job.
-func (a *attempt) hold() error {
+// noteHolds notes what holds the job, and tells it of what does not.
+func (a *attempt) noteHolds() {
 	limits := a.policy.Limits
-	for _, f := range a.r.features() {
+	for _, f := range a.r.found {
 		switch {
 		case !f.Available, f.Name == isolationCgroup: // said below
 		case f.Name == sandbox.NetworkNamespace && a.network() == sandbox.HostNetwork:
@@ -240,10 +238,9 @@ func (a *attempt) hold() error {
 		if text := a.r.unlimited(); text != "" {
 			a.sink.Log("runner", text)
 		}
-		return nil
+		return
 	}
 	a.isolation = append(a.isolation, isolationCgroup)
-	return nil
 }
 
 // supervise starts the command, watches it to its end, and ends all that it started.

@@ -64,7 +64,8 @@ type Runner struct {
 	noNet   error  // why commands cannot be given a network of their own
 	noLoop  error  // why they cannot be given a loopback of their own
 	box     *holder
-	names   atomic.Int64 // of private directories that are none of the machine's
+	found   []runner.Feature // features, which do not change
+	names   atomic.Int64     // of private directories that are none of the machine's
 	// types never change.
 	types []runner.Type
 
@@ -141,7 +142,8 @@ func New(o Options) (*Runner, error) {
 		return nil, errors.Join(err, removeAll(r.temp))
 	}
 	r.noNet, r.noLoop = r.box.networkMissing()
-	if err := runner.Require(r.features(), o.RequireIsolation); err != nil {
+	r.found = r.features()
+	if err := runner.Require(r.found, o.RequireIsolation); err != nil {
 		r.box.close()
 		return nil, errors.Join(err, removeAll(r.temp))
 	}
@@ -186,7 +188,7 @@ func (r *Runner) Close() error {
 
 // Describe implements [runner.JobRunner].
 func (r *Runner) Describe(context.Context) (*runner.Description, error) {
-	return &runner.Description{Name: "shell-runner", Types: r.types, Isolation: r.features()}, nil
+	return &runner.Description{Name: "shell-runner", Types: r.types, Isolation: r.found}, nil
 }
 
 // features are the ways of holding a job, those that are missing here among them.
