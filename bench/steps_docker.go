@@ -52,7 +52,7 @@ func dockerSteps(ctx context.Context, s *steps) (err error) {
 	defer func() {
 		err = errors.Join(err, e.call(context.WithoutCancel(ctx), http.MethodDelete, "/images/"+dockerImage+"?force=1", nil, nil))
 	}()
-	r, err := s.startRunner(ctx, "docker-runner", "--state-dir", filepath.Join("/run", "specql-bench"))
+	r, err := s.startRunner(ctx, "docker-runner")
 	if err != nil {
 		return err
 	}
