@@ -171,8 +171,13 @@ func TestChangesDropWhatWasCreatedAhead(t *testing.T) {
 		}
 	}
 	runs("1")
+	first, err := r.client.ImageInspect(t.Context(), tag)
+	require.NoError(t, err)
 	build("2")
 	runs("2")
+	// While a container is created of an image, the engine keeps it: this one has lost its name only.
+	_, err = r.client.ImageRemove(t.Context(), first.ID, client.ImageRemoveOptions{})
+	require.NoError(t, err, "nothing holds the image any more")
 	c.config["environment"] = object{"PASSWORD": "first"}
 	runs("2")
 	c.config["environment"] = object{"PASSWORD": "second"}
