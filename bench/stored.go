@@ -2,7 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // past inserts jobs that have ended, four to a run, as an orchestrator leaves them; the triggers, which would count them, are off.
@@ -22,79 +27,103 @@ const past = `INSERT INTO jobs.tb_workflow_run (id, status, owner, epoch, create
 // atOnce is how many are inserted by one statement.
 const atOnce = 200_000
 
-// stored measures what jobs that have ended long ago cost a new run: in turn before and after they are there.
-func (b *bench) stored(ctx context.Context, m *meter, s *system, jobs, rounds int) error {
-	if err := b.warmUp(ctx, s.client); err != nil {
+// stored measures what jobs that have ended long ago cost a new run: in turn on a database without and one with them, in one cluster.
+func (b *bench) stored(ctx context.Context, few *meter, s *system, jobs, rounds int) (err error) {
+	database, err := b.cluster.CreateDatabase()
+	if err != nil {
 		return err
 	}
+	dir := filepath.Join(b.dir, "stored")
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		return err
+	}
+	full, err := startSystem(ctx, b.ca, b.bin, dir, database)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, full.end()) }()
+	db, err := pgxpool.New(ctx, database)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	if err := b.fill(ctx, db, jobs); err != nil {
+		return err
+	}
+	many := &meter{db: db, parts: map[string]int{"postgresql": few.parts["postgresql"], "orchestrator": full.orchestrator.cmd.Process.Pid, "runner": full.runner.cmd.Process.Pid}}
 	one := shapes()[0]
-	measure := func() error {
-		for range rounds {
-			for _, concurrency := range []int{1, 32} {
-				if err := b.measure(ctx, m, s.client, one, concurrency); err != nil {
+	sides := []struct {
+		meter  *meter
+		system *system
+	}{{few, s}, {many, full}}
+	for _, side := range sides {
+		if err := b.warmUp(ctx, side.system.client); err != nil {
+			return err
+		}
+	}
+	for range rounds {
+		for _, concurrency := range []int{1, 32} {
+			for _, side := range sides {
+				if err := b.measure(ctx, side.meter, side.system.client, one, concurrency); err != nil {
 					return err
 				}
 			}
 		}
-		return nil
-	}
-	if err := measure(); err != nil {
-		return err
-	}
-	few := len(b.results)
-	for _, trigger := range []string{"DISABLE", "ENABLE"} {
-		if trigger == "ENABLE" {
-			for from := 0; from < jobs; from += atOnce {
-				if _, err := b.db.Exec(ctx, fmt.Sprintf(past, from, min(from+atOnce, jobs))); err != nil {
-					return fmt.Errorf("insert jobs: %w", err)
-				}
-				if done := from + atOnce; done%1_000_000 == 0 {
-					b.sayf("%d jobs are stored", done)
-				}
-			}
-		}
-		for _, table := range []string{"tb_workflow_run", "tb_job_run"} {
-			if _, err := b.db.Exec(ctx, "ALTER TABLE jobs."+table+" "+trigger+" TRIGGER USER"); err != nil {
-				return err
-			}
-		}
-	}
-	for _, statement := range []string{"SELECT jobs.fn_stat_recount()", "VACUUM (ANALYZE) jobs.tb_workflow_run", "VACUUM (ANALYZE) jobs.tb_job_run", "CHECKPOINT"} {
-		if _, err := b.db.Exec(ctx, statement); err != nil {
-			return fmt.Errorf("%s: %w", statement, err)
-		}
-	}
-	var size string
-	if err := b.db.QueryRow(ctx, "SELECT pg_size_pretty(pg_database_size(current_database()))").Scan(&size); err != nil {
-		return err
-	}
-	b.sayf("%d jobs are stored, counted and vacuumed; the database has %s", jobs, size)
-	if err := measure(); err != nil {
-		return err
 	}
 	for i, concurrency := range []int{1, 32} {
-		var before, after []*result
-		for n, r := range b.results {
-			switch {
-			case n%2 != i:
-			case n < few:
-				before = append(before, r)
-			default:
-				after = append(after, r)
-			}
+		var pairs [][2]*result
+		for n := 2 * i; n < len(b.results); n += 4 {
+			pairs = append(pairs, [2]*result{b.results[n], b.results[n+1]})
 		}
 		for _, figure := range []struct {
 			name string
 			get  func(*result) float64
 		}{
-			{"time of one, in F1 commits", func(r *result) float64 { return r.P50Ms * r.F1 / 1000 }},
-			{"workflows a second / F32", (*result).rate},
+			{"p50, ms", func(r *result) float64 { return r.P50Ms }},
+			{"workflows a second", func(r *result) float64 { return r.PerSecond }},
 			{"CPU-ms", func(r *result) float64 { return r.CPUMs }},
 			{"of them PostgreSQL", func(r *result) float64 { return r.CPU["postgresql"] }},
+			{"write transactions", writes},
 		} {
-			x, y := spreadOf(before, figure.get), spreadOf(after, figure.get)
-			b.sayf("1 step x %d: %s: %s before, %s after: ratio %.2f", concurrency, figure.name, x.text(4), y.text(4), y.median/x.median)
+			of := func(side int) spread {
+				return spreadOf(pairs, func(p [2]*result) float64 { return figure.get(p[side]) })
+			}
+			ratio := spreadOf(pairs, func(p [2]*result) float64 { return figure.get(p[1]) / figure.get(p[0]) })
+			b.sayf("1 step x %d: %s: %s without, %s with: with over without, round by round, %s", concurrency, figure.name, of(0).text(3), of(1).text(3), ratio.text(2))
 		}
 	}
+	return nil
+}
+
+// fill inserts jobs that have ended, and sees to what autovacuum would see to in time.
+func (b *bench) fill(ctx context.Context, db *pgxpool.Pool, jobs int) error {
+	run := func(statements ...string) error {
+		for _, statement := range statements {
+			if _, err := db.Exec(ctx, statement); err != nil {
+				return fmt.Errorf("%s: %w", statement, err)
+			}
+		}
+		return nil
+	}
+	if err := run("ALTER TABLE jobs.tb_workflow_run DISABLE TRIGGER USER", "ALTER TABLE jobs.tb_job_run DISABLE TRIGGER USER"); err != nil {
+		return err
+	}
+	for from := 0; from < jobs; from += atOnce {
+		if _, err := db.Exec(ctx, fmt.Sprintf(past, from, min(from+atOnce, jobs))); err != nil {
+			return fmt.Errorf("insert jobs: %w", err)
+		}
+		if done := from + atOnce; done%1_000_000 == 0 {
+			b.sayf("%d jobs are stored", done)
+		}
+	}
+	if err := run("ALTER TABLE jobs.tb_workflow_run ENABLE TRIGGER USER", "ALTER TABLE jobs.tb_job_run ENABLE TRIGGER USER", "SELECT jobs.fn_stat_recount()",
+		"VACUUM (ANALYZE) jobs.tb_workflow_run", "VACUUM (ANALYZE) jobs.tb_job_run", "CHECKPOINT"); err != nil {
+		return err
+	}
+	var size string
+	if err := db.QueryRow(ctx, "SELECT pg_size_pretty(pg_database_size(current_database()))").Scan(&size); err != nil {
+		return err
+	}
+	b.sayf("%d jobs are stored, counted and vacuumed; the database has %s", jobs, size)
 	return nil
 }
