@@ -171,6 +171,10 @@ bench: ## What a durable workflow costs, in floors of this machine; the report g
 bench-peers: ## The same shapes in SpecQL Mesh, DBOS Transact, River and Temporal, in turn on one PostgreSQL; building Temporal's server takes minutes
 	GOWORK=off go -C bench run . -root .. -peers -shapes '^(1 step|10 sequential|40 sequential|100 parallel) x (1|32)$$'
 
+.PHONY: bench-scale
+bench-scale: ## What grows: workflows a second, payloads, orchestrators, sleeping runs, stored jobs (10 million: 40 GB of disk, half an hour)
+	for what in -ramps -payloads -orchestrators '-sleepers 100000' '-stored 10000000'; do go -C bench run . -root .. $$what; done
+
 .PHONY: bench-guard
 bench-guard: ## A short bench that fails where a count, or a ratio to a floor of the same run, is far beyond what it was
 	go -C bench run . -root .. -guard -repeat 3 -duration 1s -shapes '^(1 step|40 sequential|100 parallel) x (1|32)$$'

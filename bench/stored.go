@@ -10,19 +10,21 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// past inserts jobs that have ended, four to a run, as an orchestrator leaves them; the triggers, which would count them, are off.
-const past = `INSERT INTO jobs.tb_workflow_run (id, status, owner, epoch, created_at, started_at, completed_at, input_data, output_data)
-	SELECT md5('run' || n)::uuid, 'completed', 'a', 1, now() - n * interval '1 second', now() - n * interval '1 second', now() - n * interval '1 second', '{}', '{}'
-		FROM generate_series(%[1]d / 4, %[2]d / 4 - 1) AS n;
-	INSERT INTO jobs.tb_job_run (identifier, run_id, step_path, service_name, operation, execution_type, status, by_sql, created_at, started_at, completed_at,
+// past inserts jobs %[1]d to %[2]d of %[3]d, four to a run, as orchestrators leave them: the oldest first, with ids that grow with time.
+// The triggers, which would count them, are off.
+const past = `WITH runs AS (
+	SELECT n, at, (lpad(to_hex((extract(epoch FROM at) * 1000)::bigint), 12, '0') || '7' || substr(md5(n::text), 1, 3) || '8' || substr(md5(n::text), 4, 15))::uuid AS id
+		FROM (SELECT n, now() - (%[3]d / 4 - n) * interval '1 second' AS at FROM generate_series(%[1]d / 4, %[2]d / 4 - 1) AS n) AS t),
+	stored AS (INSERT INTO jobs.tb_workflow_run (id, status, owner, epoch, created_at, started_at, completed_at, input_data, output_data)
+		SELECT id, 'completed', 'a', 1, at, at, at + interval '1 second', '{}', '{}' FROM runs)
+	INSERT INTO jobs.tb_job_run (id, identifier, run_id, step_path, service_name, operation, execution_type, status, by_sql, created_at, started_at, completed_at,
 		attempts, max_attempts, timeout_seconds, duration_seconds, error_code, error_message, input_data, runner_config, output_data, resource_usage, security_context)
-	SELECT 'job-' || n, md5('run' || n / 4)::uuid, 'steps[' || n %% 4 || ']', 'service_' || n %% 20, 'operation_' || n %% 3,
-		(array['http', 'shell', 'docker', 'serverless'])[1 + n %% 4], CASE WHEN n %% 20 = 0 THEN 'failed' ELSE 'completed' END, false,
-		now() - n / 4 * interval '1 second', now() - n / 4 * interval '1 second', now() - n / 4 * interval '1 second' + interval '200 ms',
-		1, 1, 30, 0.2, CASE WHEN n %% 20 = 0 THEN 'TIMEOUT' END, CASE WHEN n %% 20 = 0 THEN 'failure ' || n END,
+	SELECT (left(id::text, 34) || lpad(to_hex(k), 2, '0'))::uuid, id || '/steps[' || k || ']#0', id, 'steps[' || k || ']', 'service_' || n %% 20, 'operation_' || n %% 3,
+		(array['http', 'shell', 'docker', 'serverless'])[1 + k], CASE WHEN n %% 20 = 0 THEN 'failed' ELSE 'completed' END, false,
+		at, at, at + interval '200 ms', 1, 1, 30, 0.2, CASE WHEN n %% 20 = 0 THEN 'TIMEOUT' END, CASE WHEN n %% 20 = 0 THEN 'failure ' || n END,
 		'{"amount": 12}', '{}', '{"id": "ch_123", "status": "succeeded"}', '{"duration_seconds": 0.2, "cpu_seconds": 0.05, "peak_memory_mb": 12.5, "attempts": 1}',
 		'{"policy_digest": "d", "runner": "http-runner@a"}'
-	FROM generate_series(%[1]d, %[2]d - 1) AS n`
+	FROM runs, generate_series(0, 3) AS k`
 
 // atOnce is how many are inserted by one statement.
 const atOnce = 200_000
@@ -109,7 +111,7 @@ func (b *bench) fill(ctx context.Context, db *pgxpool.Pool, jobs int) error {
 		return err
 	}
 	for from := 0; from < jobs; from += atOnce {
-		if _, err := db.Exec(ctx, fmt.Sprintf(past, from, min(from+atOnce, jobs))); err != nil {
+		if _, err := db.Exec(ctx, fmt.Sprintf(past, from, min(from+atOnce, jobs), jobs)); err != nil {
 			return fmt.Errorf("insert jobs: %w", err)
 		}
 		if done := from + atOnce; done%1_000_000 == 0 {
