@@ -115,7 +115,7 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 		return nil
 	}
 	if *sleepers > 0 {
-		return b.scale(ctx, m, s, *sleepers)
+		return b.scale(ctx, m, s, *sleepers, *repeat)
 	}
 	if *stored > 0 {
 		return b.stored(ctx, m, s, *stored, *repeat)

@@ -17,7 +17,7 @@ const asleep = "actions:\n  - wait: {seconds: 86400}\n"
 
 // scale measures what an orchestrator costs that has nothing to do, then what so many sleeping runs cost it: memory, and the
 // throughput of others.
-func (b *bench) scale(ctx context.Context, m *meter, s *system, sleepers int) error {
+func (b *bench) scale(ctx context.Context, m *meter, s *system, sleepers, rounds int) error {
 	idle := func(what string) error {
 		before, err := m.read(ctx)
 		if err != nil {
@@ -47,8 +47,17 @@ func (b *bench) scale(ctx context.Context, m *meter, s *system, sleepers int) er
 	if err := b.warmUp(ctx, s.client); err != nil {
 		return err
 	}
-	one := shapes()[0]
-	if err := b.measure(ctx, m, s.client, one, 32); err != nil {
+	throughput := func() (rate, cpu spread, err error) {
+		from := len(b.results)
+		for range rounds {
+			if err := b.measure(ctx, m, s.client, shapes()[0], 32); err != nil {
+				return rate, cpu, err
+			}
+		}
+		return spreadOf(b.results[from:], (*result).rate), spreadOf(b.results[from:], (*result).stepCPU), nil
+	}
+	rate, cpu, err := throughput()
+	if err != nil {
 		return err
 	}
 	before, err := memory()
@@ -66,7 +75,12 @@ func (b *bench) scale(ctx context.Context, m *meter, s *system, sleepers int) er
 	if err := idle("with sleepers"); err != nil {
 		return err
 	}
-	return b.measure(ctx, m, s.client, one, 32)
+	laterRate, laterCPU, err := throughput()
+	if err != nil {
+		return err
+	}
+	b.sayf("1 step x 32: workflows a second / F32 %s before and %s with sleepers; CPU-ms %s and %s", rate.text(3), laterRate.text(3), cpu.text(3), laterCPU.text(3))
+	return nil
 }
 
 // fallAsleep starts runs that sleep, and returns when all are durable.
