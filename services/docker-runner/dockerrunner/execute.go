@@ -101,24 +101,8 @@ func (a *attempt) run(ctx context.Context) (json.RawMessage, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := a.prepared.Bound(ctx)
-	defer cancel()
-	output, err := a.runBounded(ctx)
-	if err != nil && ctx.Err() != nil {
-		// Whatever failed, failed because the time was over or someone asked for the end.
-		if left := (*leftError)(nil); errors.As(err, &left) {
-			return nil, left.err
-		}
-		return nil, fault.From(context.Cause(ctx))
-	}
-	return output, err
+	return a.prepared.Run(ctx, a.runBounded)
 }
-
-// leftError says that something of a job could not be taken away.
-type leftError struct{ err error }
-
-func (e *leftError) Error() string { return e.err.Error() }
-func (e *leftError) Unwrap() error { return e.err }
 
 // configure reads the configuration and checks what can be checked without an engine.
 func (a *attempt) configure() error {
@@ -344,7 +328,7 @@ func (a *attempt) runContainer(ctx context.Context, id string, e *engine, img im
 		}
 		removed = true
 		if err := a.r.removeContainer(ctx, id); err != nil {
-			return &leftError{err: err}
+			return &LeftError{Err: err}
 		}
 		return nil
 	}

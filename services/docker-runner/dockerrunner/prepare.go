@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -176,8 +177,29 @@ func (p *Prepared) Environment(ctx context.Context) []string {
 	return environment(ctx, &p.Config, p.job, p.Input)
 }
 
-// Bound holds the call to the policies' time, and to the service's where the job brings none.
-func (p *Prepared) Bound(ctx context.Context) (context.Context, context.CancelFunc) {
+// LeftError says that something of a job could not be taken away.
+type LeftError struct{ Err error }
+
+func (e *LeftError) Error() string { return e.Err.Error() }
+func (e *LeftError) Unwrap() error { return e.Err }
+
+// Run carries the call out within the time that bounds it. Whatever fails once the time is over, or someone has asked for the
+// end, failed because of that, but for what could not be taken away: a [LeftError] is told as it is.
+func (p *Prepared) Run(ctx context.Context, call func(context.Context) (json.RawMessage, error)) (json.RawMessage, error) {
+	ctx, cancel := p.bound(ctx)
+	defer cancel()
+	output, err := call(ctx)
+	if err != nil && ctx.Err() != nil {
+		if left, ok := errors.AsType[*LeftError](err); ok {
+			return nil, left.Err
+		}
+		return nil, fault.From(context.Cause(ctx))
+	}
+	return output, err
+}
+
+// bound holds the call to the policies' time, and to the service's where the job brings none.
+func (p *Prepared) bound(ctx context.Context) (context.Context, context.CancelFunc) {
 	limit, what := p.Limits.timeout(), "resource_limits.timeout_seconds"
 	if own := seconds(p.Config.Timeout); own > 0 && p.job.Timeout == 0 && (limit == 0 || own < limit) {
 		limit, what = own, "runner_config.timeout"

@@ -105,24 +105,8 @@ func (a *attempt) run(ctx context.Context) (json.RawMessage, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := a.p.Bound(ctx)
-	defer cancel()
-	output, err := a.runBounded(ctx)
-	if err != nil && ctx.Err() != nil {
-		// Whatever failed, failed because the time was over or someone asked for the end.
-		if left := (*leftError)(nil); errors.As(err, &left) {
-			return nil, left.err
-		}
-		return nil, fault.From(context.Cause(ctx))
-	}
-	return output, err
+	return a.p.Run(ctx, a.runBounded)
 }
-
-// leftError says that something of a job could not be taken away.
-type leftError struct{ err error }
-
-func (e *leftError) Error() string { return e.err.Error() }
-func (e *leftError) Unwrap() error { return e.err }
 
 func (a *attempt) runBounded(ctx context.Context) (_ json.RawMessage, err error) {
 	telemetry.Enter(ctx, "sandbox")
@@ -146,7 +130,7 @@ func (a *attempt) runBounded(ctx context.Context) (_ json.RawMessage, err error)
 			return // another runner goes on with the Job
 		}
 		if left := a.remove(ctx, err != nil, wake); left != nil {
-			err = &leftError{err: left}
+			err = &dockerrunner.LeftError{Err: left}
 		}
 	}()
 	if err := a.ensure(ctx, w); err != nil {
