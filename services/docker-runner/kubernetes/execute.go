@@ -43,6 +43,8 @@ type attempt struct {
 	checks *runner.Checks
 
 	name, uid string
+	// key is what the last words of the Job's shim have.
+	key       string
 	isolation []string
 	image     string
 	usage     *shim.Usage
@@ -148,7 +150,7 @@ func (a *attempt) ensure(ctx context.Context, w *work) error {
 		}
 		made, err := a.create(ctx, w)
 		if err == nil {
-			a.uid = string(made.UID)
+			a.uid, a.key = string(made.UID), w.key
 			return a.release(ctx, made, w)
 		}
 		if !apierrors.IsAlreadyExists(err) {
@@ -219,7 +221,7 @@ func (a *attempt) release(ctx context.Context, made *batchv1.Job, w *work) error
 
 // attach goes on with a Job that another runner began, or this one before it began anew.
 func (a *attempt) attach(ctx context.Context, found *batchv1.Job) error {
-	a.uid = string(found.UID)
+	a.uid, a.key = string(found.UID), keyOf(found)
 	if found.Labels[labelRunner] != a.r.instance {
 		patch := fmt.Sprintf(`{"metadata":{"uid":%q,"labels":{%q:%q}}}`, found.UID, labelRunner, a.r.instance)
 		if _, err := a.r.api.jobs.Patch(ctx, found.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
@@ -305,9 +307,9 @@ func (a *attempt) result(ctx context.Context, s *sight, t *transcript, read <-ch
 	killed := s.ended.Reason == "OOMKilled"
 	report := t.report
 	if report == nil && !killed {
-		// The last words stay where the log is gone. Only the shim's are believed, which writes
-		// them when nothing else runs any more.
-		if words, err := shim.ParseReport([]byte(s.ended.Message)); err == nil && int32(words.ExitCode) == s.ended.ExitCode { //nolint:gosec // an exit status fits
+		// The last words stay where the log is gone. Only the shim's are believed, which have its key:
+		// a program can leave words of its own there, and find a way to end the shim.
+		if words, err := shim.ParseWords([]byte(s.ended.Message), a.key); err == nil && int32(words.ExitCode) == s.ended.ExitCode { //nolint:gosec // an exit status fits
 			report = words
 		}
 	}

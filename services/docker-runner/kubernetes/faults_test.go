@@ -118,6 +118,9 @@ func TestLastWords(t *testing.T) {
 	t.Parallel()
 	p, err := dockerrunner.Prepare(jobOf(t, nil, object{"resource_limits": object{"memory_mb": 64}}), nil, &runner.Checks{})
 	require.NoError(t, err)
+	// A Job of before has no key, and nobody's words are believed.
+	_, err = shim.ParseWords([]byte(`{"exit":0}`), "")
+	require.Error(t, err)
 	for name, c := range map[string]struct {
 		reason, words string
 		code          int32
@@ -125,8 +128,10 @@ func TestLastWords(t *testing.T) {
 		want, says    string
 	}{
 		"done":                     {"Completed", "", 0, &shim.Report{}, "", ""},
-		"the log is gone":          {"Error", `{"exit":3}`, 3, nil, "REMOTE_ERROR", "status 3"},
-		"words that are not so":    {"Error", `{"exit":0}`, 3, nil, "UNAVAILABLE", "without the shim's report"},
+		"the log is gone":          {"Error", `{"exit":3,"key":"k3y"}`, 3, nil, "REMOTE_ERROR", "status 3"},
+		"words of the program":     {"Error", `{"exit":137,"oom":true,"usage":{"cpu":99}}`, 137, nil, "UNAVAILABLE", "without the shim's report"},
+		"with a key that it made":  {"Error", `{"exit":2,"key":"key","usage":{"cpu":99}}`, 2, nil, "UNAVAILABLE", "without the shim's report"},
+		"words that are not so":    {"Error", `{"exit":0,"key":"k3y"}`, 3, nil, "UNAVAILABLE", "without the shim's report"},
 		"no words at all":          {"Error", "", 2, nil, "UNAVAILABLE", "without the shim's report"},
 		"killed with its shim":     {"OOMKilled", `{"exit":0,"usage":{"cpu":99}}`, 137, nil, "RESOURCE_EXCEEDED", "its limit is 64 MiB"},
 		"a part of it was killed":  {"Error", "", 137, &shim.Report{ExitCode: 137, OOM: true}, "RESOURCE_EXCEEDED", "its limit is 64 MiB"},
@@ -137,7 +142,7 @@ func TestLastWords(t *testing.T) {
 		tr, _ := transcriptOf()
 		tr.report = c.report
 		a := tr.a
-		a.p, a.checks = p, &runner.Checks{}
+		a.p, a.key, a.checks = p, "k3y", &runner.Checks{}
 		read := make(chan error, 1)
 		read <- nil
 		s := look(t.Context(), podThatEnded(c.reason, c.words, c.code), p)

@@ -119,6 +119,20 @@ type work struct {
 	inputs      []*corev1.Secret
 	credentials *corev1.Secret
 	isolation   []string
+	// key is what the shim's last words have.
+	key string
+}
+
+// keyOf is the key of a Job that another runner made; empty where it has none.
+func keyOf(j *batchv1.Job) string {
+	for _, c := range j.Spec.Template.Spec.Containers {
+		for _, v := range c.Env {
+			if c.Name == containerJob && v.Name == shim.KeyVariable {
+				return v.Value
+			}
+		}
+	}
+	return ""
 }
 
 // compose makes the objects of a call, which go for themselves.
@@ -149,7 +163,7 @@ func (r *Runner) compose(ctx context.Context, job *runner.Job, p *dockerrunner.P
 	if p.Limits.DiskMB > 0 {
 		spec.FileBytes = bytesOf(p.Limits.DiskMB)
 	}
-	w := &work{isolation: []string{"kubernetes_job", "capabilities_dropped", "no_new_privileges", "private_namespaces", "seccomp", "run_as_non_root", "cgroup"}}
+	w := &work{key: rand.Text(), isolation: []string{"kubernetes_job", "capabilities_dropped", "no_new_privileges", "private_namespaces", "seccomp", "run_as_non_root", "cgroup"}}
 	add := func(name string, held bool) {
 		if held {
 			w.isolation = append(w.isolation, name)
@@ -213,6 +227,8 @@ func (r *Runner) compose(ctx context.Context, job *runner.Job, p *dockerrunner.P
 		}},
 		Containers: []corev1.Container{{
 			Name: containerJob, Image: image, ImagePullPolicy: pullPolicy(cfg.PullPolicy), Command: []string{shim.Program}, Args: []string{shim.CommandRun, shim.JobPlace},
+			// The shim keeps it to itself. The program's own variables go by the job's file: the cluster expands what is here.
+			Env:        []corev1.EnvVar{{Name: shim.KeyVariable, Value: w.key}},
 			WorkingDir: cfg.WorkingDir, SecurityContext: held, Resources: resources(&p.Limits), VolumeMounts: mounts,
 			TerminationMessagePath: shim.TerminationLog, TerminationMessagePolicy: corev1.TerminationMessageReadFile,
 		}},

@@ -115,7 +115,9 @@ func TestRestricted(t *testing.T) {
 			require.False(t, *c.SecurityContext.AllowPrivilegeEscalation)
 			require.Equal(t, []corev1.Capability{"ALL"}, c.SecurityContext.Capabilities.Drop)
 			require.Nil(t, c.SecurityContext.Privileged)
-			require.Empty(t, c.Env, "variables are expanded by the cluster; they go by the job's file")
+			for _, v := range c.Env {
+				require.Equal(t, shim.KeyVariable, v.Name, "variables are expanded by the cluster; they go by the job's file")
+			}
 		}
 		for _, v := range pod.Volumes {
 			require.True(t, v.EmptyDir != nil || v.Projected != nil, "%v", v)
@@ -168,6 +170,10 @@ func TestWhatAJobIs(t *testing.T) {
 	require.NoError(t, err)
 	b, _, err := composed(t, other, Options{})
 	require.NoError(t, err)
+	require.NotEqual(t, keyOf(a.job), keyOf(b.job))
+	require.Equal(t, a.key, keyOf(a.job), "whoever goes on with the Job knows its shim's last words")
+	require.NotContains(t, string(must(t, specOf(t, a))), a.key)
+	require.Empty(t, keyOf(&batchv1.Job{}))
 	require.NotEqual(t, *a.job.Spec.Template.Spec.SecurityContext.RunAsUser, *b.job.Spec.Template.Spec.SecurityContext.RunAsUser, "each Job has a user of its own")
 	require.EqualValues(t, 512, specOf(t, a).Processes)
 	require.Equal(t, a.job.Annotations[annotationCall], b.job.Annotations[annotationCall])

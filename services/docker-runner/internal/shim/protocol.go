@@ -31,6 +31,8 @@ const (
 	OutputFile  = "output.json"
 	// TerminationLog is where Kubernetes reads the last words of a container.
 	TerminationLog = "/dev/termination-log"
+	// KeyVariable holds the key that the shim's last words have, and that the program does not get.
+	KeyVariable = "SPECQL_SHIM_KEY"
 )
 
 // Commands of the shim.
@@ -229,7 +231,26 @@ func ParseFrame(line []byte) (Frame, error) {
 	}
 }
 
-// ParseReport reads the text of a report, as it is in a frame and in a termination message.
+// words are the last ones: the report, with the key that tells it from what the program wrote there
+// before it found a way to end the shim.
+type words struct {
+	Report
+	Key string `json:"key,omitempty"`
+}
+
+// ParseWords reads a termination message, and refuses one that does not have the Job's key.
+func ParseWords(text []byte, key string) (*Report, error) {
+	var w words
+	if err := json.Unmarshal(text, &w); err != nil {
+		return nil, fmt.Errorf("read the shim's last words: %w", err)
+	}
+	if key == "" || w.Key != key {
+		return nil, errors.New("the last words are not the shim's")
+	}
+	return &w.Report, nil
+}
+
+// ParseReport reads the text of a report, as it is in a frame.
 func ParseReport(text []byte) (*Report, error) {
 	var r Report
 	if err := json.Unmarshal(text, &r); err != nil {

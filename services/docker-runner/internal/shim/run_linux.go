@@ -119,13 +119,12 @@ func (c Carrier) Run(stdout, stderr io.Writer) int {
 	r.group, _ = cgroup.Own(c.Groups) // what is not measured is absent
 	report, err := r.run()
 	if err != nil {
-		report = &Report{ExitCode: failed, Start: err.Error()}
+		report, err = &Report{ExitCode: failed, Start: err.Error()}, nil
 	}
-	text, err := json.Marshal(report)
-	if err == nil && c.LastWords != "" {
-		err = lastWords(c.LastWords, text)
+	if c.LastWords != "" {
+		err = lastWords(c.LastWords, report)
 	}
-	if err := errors.Join(err, r.frames.Write(KindReport, text)); err != nil {
+	if err := errors.Join(err, r.frames.Value(KindReport, report)); err != nil {
 		_, _ = fmt.Fprintln(stderr, "shim: report:", err)
 		return failed
 	}
@@ -133,7 +132,11 @@ func (c Carrier) Run(stdout, stderr io.Writer) int {
 }
 
 // lastWords goes over whatever the program wrote there.
-func lastWords(place string, text []byte) error {
+func lastWords(place string, report *Report) error {
+	text, err := json.Marshal(words{Report: *report, Key: os.Getenv(KeyVariable)})
+	if err != nil {
+		return fmt.Errorf("pack termination message: %w", err)
+	}
 	if err := os.WriteFile(place, text, 0o600); err != nil {
 		return fmt.Errorf("write termination message: %w", err)
 	}
@@ -314,10 +317,18 @@ func (r *running) begin() (stdin, stdout, stderr, refused *os.File, pid int, err
 	return inW, outR, errR, whyR, pid, nil
 }
 
-// environment is that of the image with the job's own. What Kubernetes adds says where the API of
-// the cluster is, and is nobody's business.
+// environment is that of the image with the job's own over it. What Kubernetes adds says where the
+// API of the cluster is, and is nobody's business; no more is the shim's key.
 func (r *running) environment() []string {
-	env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "KUBERNETES_") })
+	own := map[string]bool{KeyVariable: true}
+	for _, v := range r.spec.Environment {
+		name, _, _ := strings.Cut(v, "=")
+		own[name] = true
+	}
+	env := slices.DeleteFunc(os.Environ(), func(v string) bool {
+		name, _, _ := strings.Cut(v, "=")
+		return own[name] || strings.HasPrefix(name, "KUBERNETES_")
+	})
 	if !slices.ContainsFunc(env, func(v string) bool { return strings.HasPrefix(v, "PATH=") }) {
 		env = append(env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	}

@@ -4,9 +4,11 @@ package shim
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -17,8 +19,10 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/specql/mesh/pkg/runner/cgroup"
 )
@@ -107,8 +111,17 @@ func play(program string) int {
 		parent := "/proc/" + strconv.Itoa(os.Getppid())
 		_, out := os.OpenFile(parent+"/fd/1", os.O_WRONLY, 0)
 		_, memory := os.Open(parent + "/mem")
+		_, environment := os.ReadFile(parent + "/environ")
 		_ = os.WriteFile(os.Getenv("WORDS"), []byte(`{"exit":0,"usage":{"cpu":1e9}}`), 0o600)
-		return report(map[string]string{"fd": text(out), "mem": text(memory)})
+		return report(map[string]string{"fd": text(out), "mem": text(memory), "environ": text(environment)})
+	case "break":
+		// As no handler of a runtime expects it: not the first process of a container survives that.
+		_ = os.WriteFile(os.Getenv("WORDS"), []byte(`{"exit":2,"usage":{"cpu":0.001}}`), 0o600)
+		var info [128]byte
+		binary.NativeEndian.PutUint32(info[:], uint32(syscall.SIGSEGV))
+		binary.NativeEndian.PutUint32(info[8:], math.MaxUint32) // SI_QUEUE
+		_, _, errno := unix.Syscall(unix.SYS_RT_SIGQUEUEINFO, uintptr(os.Getppid()), uintptr(syscall.SIGSEGV), uintptr(unsafe.Pointer(&info)))
+		return int(errno)
 	case "leave":
 		child := exec.Command("/proc/self/exe") //nolint:noctx // it is left behind
 		child.Env = append(os.Environ(), asProgram+"=sleep")
@@ -173,7 +186,7 @@ func (j job) command() *exec.Cmd {
 	carrier, err := json.Marshal(Carrier{Job: place, Output: filepath.Join(j.dir, OutputFile), Groups: j.groups, LastWords: filepath.Join(j.dir, "words"), Self: self})
 	require.NoError(j.t, err)
 	cmd := exec.CommandContext(j.t.Context(), self)
-	cmd.Env = append(os.Environ(), asCarrier+"="+string(carrier), "KUBERNETES_SERVICE_HOST=10.0.0.1", "TMPDIR="+j.dir)
+	cmd.Env = append(os.Environ(), asCarrier+"="+string(carrier), "KUBERNETES_SERVICE_HOST=10.0.0.1", KeyVariable+"=k3y", "SPECQL_INPUT=of the image", "TMPDIR="+j.dir)
 	if j.uid != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: j.uid, Gid: j.uid}}
 	}
@@ -257,7 +270,11 @@ func TestInputAndOutput(t *testing.T) {
 	require.Equal(t, j.input+"\n", d.stdout, "pieces come together again")
 	require.Equal(t, "a warning\nwithout an end", d.stderr)
 	require.Equal(t, 0, d.code)
-	require.JSONEq(t, d.words, func() string { text, _ := json.Marshal(d.report); return string(text) }())
+	words, err := ParseWords([]byte(d.words), "k3y")
+	require.NoError(t, err)
+	require.Equal(t, d.report, words)
+	_, err = ParseWords([]byte(d.words), "another")
+	require.Error(t, err)
 
 	d = newJob(t, "output").run()
 	require.Equal(t, "{\n \"a\": 1\n}", d.file)
@@ -269,12 +286,15 @@ func TestInputAndOutput(t *testing.T) {
 func TestEnvironment(t *testing.T) {
 	t.Parallel()
 	j := newJob(t, "environment")
-	j.spec.Environment = append(j.spec.Environment, "GREETING=$(HOME) $x")
+	j.spec.Environment = append(j.spec.Environment, "GREETING=$(HOME) $x", "SPECQL_INPUT={}")
 	var env []string
 	require.NoError(t, json.Unmarshal([]byte(j.run().stdout), &env))
 	require.Contains(t, env, "GREETING=$(HOME) $x")
+	require.Contains(t, env, "SPECQL_INPUT={}", "the job's own goes over the image's")
+	require.NotContains(t, env, "SPECQL_INPUT=of the image")
 	for _, v := range env {
 		require.NotContains(t, v, "KUBERNETES_")
+		require.NotContains(t, v, "k3y")
 	}
 }
 
@@ -362,7 +382,27 @@ func TestTheProgramCannotSpeakForTheShim(t *testing.T) {
 	require.NoError(t, json.Unmarshal([]byte(d.stdout), &got))
 	require.Contains(t, got["fd"], "permission denied")
 	require.Contains(t, got["mem"], "permission denied")
+	require.Contains(t, got["environ"], "permission denied")
 	require.NotContains(t, d.words, "1e9")
+}
+
+// TestWhoEndsTheShimIsNotBelieved: a program of the same user finds a way to end it, and what it left as last words is
+// not taken for the shim's.
+func TestWhoEndsTheShimIsNotBelieved(t *testing.T) {
+	t.Parallel()
+	j := newJob(t, "break")
+	if os.Getuid() == 0 {
+		j.uid = 54323
+		open(t, j.spec.Program[0])
+	}
+	cmd := j.command()
+	require.Error(t, cmd.Run())
+	require.Equal(t, 2, cmd.ProcessState.ExitCode(), "the shim ended with what its runtime says of a fault")
+	words, err := os.ReadFile(filepath.Join(j.dir, "words"))
+	require.NoError(t, err)
+	require.NotEmpty(t, words)
+	_, err = ParseWords(words, "k3y")
+	require.ErrorContains(t, err, "not the shim's")
 }
 
 // open lets any user execute the test binary.
