@@ -209,10 +209,12 @@ func (j *job) carry() error {
 	if err := send(launcherSocket, reply{}, nil); err != nil {
 		return err
 	}
+	asked := make(chan struct{})
 	go func() { // anything that the runner says, and its end, is the end of the job
 		var b [1]byte
 		_, _ = unix.Read(launcherSocket, b[:])
 		_ = unix.Kill(-1, unix.SIGKILL)
+		close(asked)
 	}()
 	for {
 		var status unix.WaitStatus
@@ -227,10 +229,14 @@ func (j *job) carry() error {
 		if err := endAll(); err != nil {
 			return err
 		}
-		return send(launcherSocket, reply{OwnPeak: ownPeak(), Ended: &ended{
+		if err := send(launcherSocket, reply{OwnPeak: ownPeak(), Ended: &ended{
 			Status: uint32(status), Utime: used.Utime.Nano(), Stime: used.Stime.Nano(), MaxRSS: used.Maxrss, Inblock: used.Inblock, Oublock: used.Oublock,
 			TempUsed: j.launcher.tempUsed(),
-		}}, nil)
+		}}, nil); err != nil {
+			return err
+		}
+		<-asked // the runner ends this process when it has answered
+		return nil
 	}
 }
 

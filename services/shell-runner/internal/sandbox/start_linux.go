@@ -31,6 +31,9 @@ const (
 	killTimeout  = 5 * time.Second
 	// refillAfter is how long a job goes on before launchers are made for others.
 	refillAfter = 50 * time.Millisecond
+	// answerFirst is how long the launcher of a job that is over waits for its end, which takes a
+	// processor longer than the answer does.
+	answerFirst = 2 * time.Millisecond
 	maxIDMaps   = 1024
 )
 
@@ -840,7 +843,11 @@ func (p *Process) watch() {
 			Inblock: e.Inblock, Oublock: e.Oublock, TempUsed: e.TempUsed,
 		}
 		close(p.Exited)
-		p.l.kill() // it is about to end by itself
+		select {
+		case <-p.s.done:
+		case <-time.After(answerFirst):
+		}
+		p.l.kill()
 		p.l.wait()
 	} else { // the launcher was ended itself, and the job with it
 		p.l.kill() // it has closed the socket, and does not tell more
