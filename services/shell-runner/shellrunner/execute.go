@@ -47,7 +47,7 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 		result.Output = output
 	}
 	result.Usage = a.usage()
-	result.Security = a.checks.Context(runner.Digest(a.policy), a.isolation...)
+	result.Security = a.checks.Context(a.digest, a.isolation...)
 	return result, nil
 }
 
@@ -59,6 +59,7 @@ type attempt struct {
 	began     time.Time
 	source    string
 	policy    effective
+	digest    string
 	checks    runner.Checks
 	isolation []string
 
@@ -151,21 +152,10 @@ type plan struct {
 }
 
 func (a *attempt) prepare(ctx context.Context) (*plan, error) {
-	policy, err := runner.Decode[Policy](a.job.Service.Policy)
-	a.policy = narrow(policy, a.r.ceiling)
+	d, err := a.r.decode(a.job)
+	a.policy, a.digest = d.effective, d.digest
 	if err != nil {
-		return nil, at("security_policy", err)
-	}
-	if problem := policy.ResourceLimits.check(); problem != "" {
-		return nil, fault.New(fault.Validation, "security_policy.%s", problem)
-	}
-	cfg, err := runner.Decode[Config](a.job.Service.Config)
-	if err != nil {
-		return nil, at("runner_config", err)
-	}
-	op, err := runner.Decode[Operation](a.job.Operation.Config)
-	if err != nil {
-		return nil, at("operations."+clip(a.job.Operation.Name), err)
+		return nil, err
 	}
 	input, err := decodeInput(a.job.Input)
 	if err != nil {
@@ -175,8 +165,8 @@ func (a *attempt) prepare(ctx context.Context) (*plan, error) {
 	if len(raw) == 0 {
 		raw = []byte("{}")
 	}
-	resolver := &resolver{policy: policy, ceiling: a.r.ceiling, checks: &a.checks, scripts: a.r.scripts}
-	cmd, err := resolver.resolve(cfg, a.job.Operation.Name, op, input)
+	resolver := &resolver{policy: d.policy, ceiling: a.r.ceiling, checks: &a.checks, scripts: a.r.scripts}
+	cmd, err := resolver.resolve(d.config, a.job.Operation.Name, d.operation, input)
 	if err != nil {
 		a.r.log.DebugContext(ctx, "job refused", "error", err)
 		return nil, err
@@ -186,7 +176,7 @@ func (a *attempt) prepare(ctx context.Context) (*plan, error) {
 	}
 	a.checks.Allow("network_access", a.policy.Network)
 	a.checks.Allow("file_access", a.policy.Files)
-	return &plan{config: cfg, command: cmd, input: raw}, nil
+	return &plan{config: d.config, command: cmd, input: raw}, nil
 }
 
 // launch says how a command is started and what holds it.

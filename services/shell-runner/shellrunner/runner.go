@@ -69,6 +69,8 @@ type Runner struct {
 	// types never change.
 	types []runner.Type
 
+	texts texts
+
 	mu   sync.Mutex
 	live map[*attempt]bool // those with a process
 

@@ -83,6 +83,7 @@ type launcher struct {
 	descriptors bool
 	filtered    bool
 	rules       *ruleset // of the system's directories, made ahead
+	home        int      // the private directory that was made ahead
 	temp        string
 	starter     *starter
 }

@@ -103,6 +103,9 @@ func (l *launcher) prepare(abi int) error {
 			return err
 		}
 	}
+	if err := l.tempAhead(); err != nil {
+		return err
+	}
 	if abi == 0 {
 		return nil
 	}
@@ -331,44 +334,63 @@ func (l *launcher) fit(j *job) error {
 	return setMount("/", unix.MOUNT_ATTR_RDONLY, 0)
 }
 
+const (
+	tempBase  = "/tmp"
+	tempFlags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	// tempLocked are the same as attributes of a mount.
+	tempLocked = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
+)
+
+// tempAhead mounts a place for temporary files in memory, which gets its size with the job.
+func (l *launcher) tempAhead() error {
+	if err := unix.Mount("tmpfs", tempBase, "tmpfs", tempFlags, "mode=0700,size=64k,nr_inodes=16"); err != nil {
+		return fmt.Errorf("make the temporary directory: %w", err)
+	}
+	var err error
+	l.home, err = divideTemp()
+	return err
+}
+
 // mountTemp mounts /tmp and /dev/shm, and gives the private directory, which is to be mounted
 // when all is there that it may lie in. One size bounds the three.
 func (l *launcher) mountTemp(t *temp, take func(string) (int, error)) (home int, err error) {
-	const (
-		base   = "/tmp"
-		locked = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
-	)
 	if t.Bytes > 0 {
-		options := "mode=0700,size=" + strconv.FormatInt(t.Bytes, 10) + ",nr_inodes=" + strconv.FormatInt(min(1<<20, 1024+t.Bytes>>12), 10)
-		if err := unix.Mount("tmpfs", base, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, options); err != nil {
-			return -1, fmt.Errorf("make the temporary directory: %w", err)
+		size := "size=" + strconv.FormatInt(t.Bytes, 10) + ",nr_inodes=" + strconv.FormatInt(min(1<<20, 1024+t.Bytes>>12), 10)
+		if err := unix.Mount("", tempBase, "", unix.MS_REMOUNT|tempFlags, size); err != nil {
+			return -1, fmt.Errorf("give the temporary directory its size: %w", err)
 		}
-	} else {
-		fd, err := take(t.Source)
-		if err != nil {
-			return -1, fmt.Errorf("show the temporary directory: %w", err)
-		}
-		err = attach(fd, base, locked)
-		_ = unix.Close(fd)
-		if err != nil {
-			return -1, err
-		}
+		return l.home, nil
 	}
+	_ = unix.Close(l.home) // what is below is covered, and nobody gets there
+	fd, err := take(t.Source)
+	if err != nil {
+		return -1, fmt.Errorf("show the temporary directory: %w", err)
+	}
+	err = attach(fd, tempBase, tempLocked)
+	_ = unix.Close(fd)
+	if err != nil {
+		return -1, err
+	}
+	return divideTemp()
+}
+
+// divideTemp makes /tmp and /dev/shm of parts of the place for temporary files, and gives the third.
+func divideTemp() (home int, err error) {
 	part := func(name string) (int, error) {
-		if err := os.Mkdir(base+"/"+name, 0o700); err != nil {
+		if err := os.Mkdir(tempBase+"/"+name, 0o700); err != nil {
 			return -1, err
 		}
-		return unix.OpenTree(unix.AT_FDCWD, base+"/"+name, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		return unix.OpenTree(unix.AT_FDCWD, tempBase+"/"+name, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	}
 	if home, err = part("home"); err != nil {
 		return -1, fmt.Errorf("make the temporary directory: %w", err)
 	}
-	for _, p := range []struct{ name, target string }{{"shm", "/dev/shm"}, {"tmp", base}} {
+	for _, p := range []struct{ name, target string }{{"shm", "/dev/shm"}, {"tmp", tempBase}} {
 		fd, err := part(p.name)
 		if err != nil {
 			return -1, fmt.Errorf("make the temporary directory: %w", err)
 		}
-		err = attach(fd, p.target, locked)
+		err = attach(fd, p.target, tempLocked)
 		_ = unix.Close(fd)
 		if err != nil {
 			return -1, err
