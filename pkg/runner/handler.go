@@ -711,7 +711,11 @@ func (h *Handler) rememberEpoch(j *job) {
 }
 
 func (h *Handler) forget(j *job) {
-	if i := slices.Index(h.kept, j); i >= 0 {
+	switch i := slices.Index(h.kept, j); {
+	case i == 0: // the usual one; the others need not be moved
+		h.kept[0], h.kept = nil, h.kept[1:]
+		h.keptBytes -= j.keptSize
+	case i > 0:
 		h.kept = slices.Delete(h.kept, i, i+1)
 		h.keptBytes -= j.keptSize
 	}

@@ -68,9 +68,12 @@ func newJob(p *runnerv1.Job) (*Job, error) {
 	if p.GetService().GetExecutionType() == "" {
 		return nil, bad("start.service.execution_type", "is missing")
 	}
-	for field, d := range map[string]*durationpb.Duration{"start.timeout": p.GetTimeout(), "start.lease": p.GetLease()} {
-		if d != nil && (d.CheckValid() != nil || d.AsDuration() < 0) {
-			return nil, bad(field, "is not a duration")
+	for _, d := range [...]struct {
+		field string
+		value *durationpb.Duration
+	}{{"start.timeout", p.GetTimeout()}, {"start.lease", p.GetLease()}} {
+		if d.value != nil && (d.value.CheckValid() != nil || d.value.AsDuration() < 0) {
+			return nil, bad(d.field, "is not a duration")
 		}
 	}
 	service, err := newService(p.GetService())
