@@ -87,6 +87,35 @@ func TestOutOfMemoryIsCounted(t *testing.T) {
 	require.InDelta(t, 16, *u.PeakMemoryMB, 1)
 }
 
+func TestLimitsAreSetAnew(t *testing.T) {
+	g := realGroup(t, Limits{CPUCores: 1, MemoryMB: 64, Processes: 9})
+	memory, processes := "memory.limit_in_bytes", "pids.max"
+	if g.Mode() == V2 {
+		memory = "memory.max"
+	}
+	none := read(t, filepath.Dir(g.dirOf("memory")), memory)
+	for _, l := range []Limits{{MemoryMB: 32, Processes: 8}, {MemoryMB: 128, CPUCores: 0.5}, {MemoryMB: 128}, {}, {MemoryMB: 16, CPUCores: 2, Processes: 1}} {
+		require.NoError(t, g.SetLimits(l))
+		want := strconv.FormatInt(l.MemoryMB<<20, 10)
+		if l.MemoryMB == 0 {
+			want = none
+		}
+		require.Equal(t, want, read(t, g.dirOf("memory"), memory))
+		want = strconv.FormatInt(l.Processes, 10)
+		if l.Processes == 0 {
+			want = "max"
+		}
+		require.Equal(t, want, read(t, g.dirOf("pids"), processes))
+		if g.Mode() == V1 {
+			want = strconv.FormatInt(int64(l.CPUCores*100_000), 10)
+			if l.CPUCores == 0 {
+				want = "-1"
+			}
+			require.Equal(t, want, read(t, g.dirOf("cpu"), "cpu.cfs_quota_us"))
+		}
+	}
+}
+
 func TestKillEndsDaemons(t *testing.T) {
 	g := realGroup(t, Limits{})
 	fifo := filepath.Join(t.TempDir(), "up")

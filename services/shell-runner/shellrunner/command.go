@@ -54,6 +54,7 @@ type resolver struct {
 	ceiling *Policy
 	checks  *runner.Checks
 	scripts []interpreter
+	paths   map[string]string // resolved before, for this job
 }
 
 // resolve gives the command of an operation.
@@ -96,7 +97,7 @@ func (r *resolver) programs() []sandbox.Program {
 	}
 	var all []sandbox.Program
 	for _, entry := range r.policy.AllowedCommands {
-		path := resolved(entry)
+		path := r.resolved(entry)
 		if path == "\x00" || ceiling != nil && !slices.Contains(ceiling, path) {
 			continue
 		}
@@ -245,7 +246,7 @@ func (r *resolver) allow(name string) (path, listed string, err error) {
 		match := ""
 		for _, entry := range allowed {
 			if entry == name || match == "" {
-				if resolved(entry) == path {
+				if r.resolved(entry) == path {
 					match = entry
 				}
 			}
@@ -385,6 +386,19 @@ func endings(scripts []interpreter) string {
 
 func matches(patterns []*regexp.Regexp, name string) bool {
 	return slices.ContainsFunc(patterns, func(p *regexp.Regexp) bool { return p.MatchString(name) })
+}
+
+// resolved is [resolved], once for each path.
+func (r *resolver) resolved(path string) string {
+	real, ok := r.paths[path]
+	if !ok {
+		real = resolved(path)
+		if r.paths == nil {
+			r.paths = map[string]string{}
+		}
+		r.paths[path] = real
+	}
+	return real
 }
 
 // resolved is a path without links, or a value that equals none where it does not exist.

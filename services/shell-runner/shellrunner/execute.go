@@ -237,7 +237,7 @@ func (a *attempt) noteHolds() {
 func (a *attempt) supervise(ctx context.Context, l *launch, input []byte) ([]byte, error) {
 	stdout := newStream("stdout", a.sink, maxStdout, false)
 	stderr := newStream("stderr", a.sink, keptStderr, true)
-	pipes, err := openPipes()
+	pipes, err := openPipes(input)
 	if err != nil {
 		return nil, fault.Wrap(err, fault.Unavailable, "the runner has no pipes left: %v", err)
 	}
@@ -256,8 +256,11 @@ func (a *attempt) supervise(ctx context.Context, l *launch, input []byte) ([]byt
 	}
 	a.r.setLive(a, true)
 	var io sync.WaitGroup
-	io.Add(3)
-	go feed(pipes.stdinW, input, &io)
+	if pipes.stdinW != nil {
+		io.Add(1)
+		go feed(pipes.stdinW, input, &io)
+	}
+	io.Add(2)
 	go stdout.read(pipes.stdoutR, &io)
 	go stderr.read(pipes.stderrR, &io)
 
@@ -277,7 +280,7 @@ func (a *attempt) supervise(ctx context.Context, l *launch, input []byte) ([]byt
 	}
 	a.r.setLive(a, false)
 	// With every process gone the pipes have ended; one that escaped must not hold the job.
-	_ = pipes.stdinW.SetDeadline(time.Now())
+	_ = pipes.stdinW.SetDeadline(time.Now()) // where there is one
 	_ = pipes.stdoutR.SetReadDeadline(time.Now().Add(drainTimeout))
 	_ = pipes.stderrR.SetReadDeadline(time.Now().Add(drainTimeout))
 	io.Wait()

@@ -8,21 +8,39 @@ import (
 	"runtime"
 )
 
+// atOnce is how much a pipe takes before anybody reads, whatever its user has open besides.
+const atOnce = 4 << 10
+
 // pipes are the three of a command, both ends.
 type pipes struct {
+	// stdinW is nil where the whole input is in the pipe already.
 	stdinR, stdinW, stdoutR, stdoutW, stderrR, stderrW *os.File
 }
 
-func openPipes() (*pipes, error) {
+// openPipes makes them, with the input in the first where it is small.
+func openPipes(input []byte) (*pipes, error) {
 	p := &pipes{}
-	for _, ends := range [][2]**os.File{{&p.stdinR, &p.stdinW}, {&p.stdoutR, &p.stdoutW}, {&p.stderrR, &p.stderrW}} {
-		r, w, err := os.Pipe()
+	small := len(input) <= atOnce
+	for _, ends := range []struct {
+		r, w         **os.File
+		pollR, pollW bool
+	}{{&p.stdinR, &p.stdinW, false, !small}, {&p.stdoutR, &p.stdoutW, true, false}, {&p.stderrR, &p.stderrW, true, false}} {
+		r, w, err := pipe(ends.pollR, ends.pollW)
 		if err != nil {
 			p.closeChild()
 			p.closeOwn()
 			return nil, err
 		}
-		*ends[0], *ends[1] = r, w
+		*ends.r, *ends.w = r, w
+	}
+	if small {
+		_, err := p.stdinW.Write(input)
+		if err = errors.Join(err, p.stdinW.Close()); err != nil {
+			p.closeChild()
+			p.closeOwn()
+			return nil, err
+		}
+		p.stdinW = nil
 	}
 	return p, nil
 }

@@ -2,6 +2,7 @@ package shellrunner
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -156,6 +157,26 @@ func (a *attempt) limits() []sandbox.Limit {
 
 // launcherThreads is how many threads a launcher has that count as its job's user's.
 const launcherThreads = 8
+
+// pipe makes a pipe. An end that this process waits at is one for the runtime's poller; the command's
+// are as it expects them.
+func pipe(pollR, pollW bool) (r, w *os.File, err error) {
+	var ends [2]int
+	if err := unix.Pipe2(ends[:], unix.O_CLOEXEC); err != nil {
+		return nil, nil, err
+	}
+	for i, poll := range []bool{pollR, pollW} {
+		if poll {
+			err = errors.Join(err, unix.SetNonblock(ends[i], true))
+		}
+	}
+	r, w = os.NewFile(uintptr(ends[0]), "|0"), os.NewFile(uintptr(ends[1]), "|1") //nolint:gosec // descriptors
+	if err != nil {
+		closeAll(r, w)
+		return nil, nil, err
+	}
+	return r, w, nil
+}
 
 // ticks is the time since the machine's start in the kernel's ticks.
 func ticks() uint64 {

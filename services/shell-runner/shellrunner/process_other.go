@@ -4,6 +4,7 @@ package shellrunner
 
 import (
 	"errors"
+	"os"
 
 	"github.com/specql/mesh/services/shell-runner/internal/sandbox"
 )
@@ -42,6 +43,8 @@ func (*process) wait() *sandbox.State { return nil }
 func (*process) tempUsed() (int64, bool) { return 0, false }
 
 func (*attempt) kill() error { return errPlatform }
+
+func pipe(bool, bool) (r, w *os.File, err error) { return os.Pipe() }
 
 type room struct{ name string }
 

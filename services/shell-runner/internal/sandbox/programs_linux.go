@@ -26,11 +26,28 @@ type needs struct {
 	executed    []string
 }
 
+// of tells whether a file is the one that was looked at.
+func (n needs) of(info os.FileInfo) bool {
+	return n.size == info.Size() && n.mtime == info.ModTime().UnixNano() && n.inode == inode(info)
+}
+
+func inode(info os.FileInfo) uint64 {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		return st.Ino
+	}
+	return 0
+}
+
 var known sync.Map // path -> needs
 
 // interpreters gives the files that the kernel executes with a program: the interpreter of its #!
 // line and, where that is env, the program that it names; and the dynamic loader.
 func interpreters(path string, depth int) []string {
+	if info, err := os.Stat(path); err != nil || !info.Mode().IsRegular() {
+		return nil
+	} else if k, ok := known.Load(path); ok && k.(needs).of(info) { //nolint:forcetypeassert // there are no others
+		return k.(needs).executed //nolint:forcetypeassert // as above
+	}
 	f, err := os.Open(path)
 	if err != nil {
 		return nil
@@ -40,15 +57,7 @@ func interpreters(path string, depth int) []string {
 	if err != nil || !info.Mode().IsRegular() {
 		return nil
 	}
-	key := needs{size: info.Size(), mtime: info.ModTime().UnixNano()}
-	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		key.inode = st.Ino
-	}
-	if v, ok := known.Load(path); ok {
-		if k, ok := v.(needs); ok && k.size == key.size && k.mtime == key.mtime && k.inode == key.inode {
-			return k.executed
-		}
-	}
+	key := needs{size: info.Size(), mtime: info.ModTime().UnixNano(), inode: inode(info)}
 	head := make([]byte, maxShebang)
 	n, _ := f.ReadAt(head, 0)
 	head = head[:n]
