@@ -1,7 +1,7 @@
 //go:build linux
 
 // Command sandbox measures what a sandbox adds to the start of a program: the time from
-// before /bin/true is started until it has ended and nothing of it is left, bare, through the
+// before /bin/true is started until it has ended and no process of it is left, bare, through the
 // shell runner's sandbox, through a whole job of the shell runner, and through bwrap and docker
 // run where they are there.
 package main
