@@ -465,7 +465,8 @@ END
 $$;
 
 -- Only what looks wrong is looked at more closely: a condition is read anew for each statement, a function's text is not.
-CREATE OR REPLACE FUNCTION jobs.fn_check_run_status() RETURNS trigger LANGUAGE plpgsql AS $$
+-- It has a search path of its own: in a client's, = may be the client's.
+CREATE OR REPLACE FUNCTION jobs.fn_check_run_status() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF OLD.status IN ('failed', 'cancelled') AND NEW.status = 'running' AND NEW.retries = OLD.retries + 1 THEN
         RETURN NEW;
@@ -489,9 +490,10 @@ CREATE OR REPLACE TRIGGER tr_workflow_step_status BEFORE UPDATE ON jobs.tb_workf
 WHEN (NEW.status <> OLD.status AND OLD.status <> 'pending' AND (OLD.status <> 'running' OR NEW.status = 'pending'))
 EXECUTE FUNCTION jobs.fn_refuse_state('a step moves from pending to running to completed, failed or cancelled');
 
+-- An old table may have more states than five: nothing moves to them.
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_job_run_status BEFORE UPDATE ON jobs.tb_job_run FOR EACH ROW
-WHEN (NEW.status <> OLD.status AND OLD.status <> 'pending' AND (OLD.status <> 'running' OR NEW.status = 'pending'))
+WHEN (NEW.status <> OLD.status AND (OLD.status NOT IN ('pending', 'running') OR NEW.status NOT IN ('running', 'completed', 'failed', 'cancelled')))
 EXECUTE FUNCTION jobs.fn_refuse_state('a job moves from pending to running to completed, failed or cancelled')
 $sql$);
 
@@ -1217,7 +1219,8 @@ $$;
 -- What nobody can work with is refused to everybody, and what only an orchestrator writes is refused to whoever has not an
 -- orchestrator's rights: else the right to insert would be the right to end a step of a run of somebody else. Rows that are
 -- there already are not looked at. An orchestrator has looked at what it writes, and says so by a setting: constraints of
--- the table would be read anew for each statement, some thirty of them.
+-- the table would be read anew for each statement, some thirty of them. The functions have a search path of their own: in a client's,
+-- <= may be the client's.
 DO $do$
 DECLARE
     c       record;
@@ -1230,16 +1233,14 @@ DECLARE
     t       text[];
     rules   text;
     checks  text;
-    gone    text[];
 BEGIN
     FOREACH t SLICE 1 IN ARRAY tables LOOP
         rules := 'true';
         checks := '';
-        gone := '{}';
         FOR c IN
             SELECT 'ck_' || substr(t[1], 4) || '_' || a.attname AS name, a.attname AS attribute,
                 CASE WHEN a.atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)
-                        THEN format('NEW.%I BETWEEN %L AND %L', a.attname, '0001-01-01', '9999-12-31')
+                        THEN format('NEW.%I BETWEEN %L AND %L', a.attname, '0001-01-01 00:00:00+00', '9999-12-31 00:00:00+00')
                     WHEN a.attname IN ('epoch', 'sequence') THEN format('NEW.%I BETWEEN 0 AND 9007199254740992', a.attname)
                     WHEN a.attname IN ('attempts', 'max_attempts', 'generation', 'retries', 'error_attempts')
                         THEN format('NEW.%I BETWEEN 0 AND 1000000', a.attname)
@@ -1247,7 +1248,7 @@ BEGIN
                         THEN format('octet_length(NEW.%I) <= 1000', a.attname)
                     ELSE format('octet_length(NEW.%I) <= 10000', a.attname) END AS rule
             FROM pg_attribute a WHERE a.attrelid = ('jobs.' || t[1])::regclass AND a.attnum > 0 AND NOT a.attisdropped
-              AND (a.atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype)
+              AND (a.atttypid IN ('timestamptz'::regtype, 'timestamp'::regtype) AND a.attname IN ('created_at', 'started_at', 'completed_at', 'updated_at', 'next_attempt_at')
                   OR a.attname IN ('epoch', 'sequence', 'attempts', 'max_attempts', 'generation', 'retries', 'error_attempts')
                   OR a.atttypid IN ('text'::regtype, 'varchar'::regtype) AND a.attname IN ('service_name', 'operation', 'execution_type', 'entity', 'action',
                       'entity_schema', 'owner', 'entity_id', 'correlation_id', 'entity_type', 'entity_pk', 'triggered_by', 'tenant_id', 'traceparent', 'snapshot', 'error_code'))
@@ -1259,11 +1260,8 @@ BEGIN
                 RAISE EXCEPTION USING ERRCODE = ''check_violation'', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME, COLUMN = %L, CONSTRAINT = %L,
                     MESSAGE = ''new row for relation "'' || TG_TABLE_NAME || ''" violates check constraint "%s"'', DETAIL = %L;
             END IF;', c.rule, c.attribute, c.name, c.name, replace(c.rule, 'NEW.', ''));
-            IF EXISTS (SELECT FROM pg_constraint WHERE conrelid = ('jobs.' || t[1])::regclass AND conname = c.name) THEN
-                gone := gone || format('DROP CONSTRAINT %I', c.name);
-            END IF;
         END LOOP;
-        EXECUTE format('CREATE OR REPLACE FUNCTION jobs.%I() RETURNS trigger LANGUAGE plpgsql AS $f$
+        EXECUTE format('CREATE OR REPLACE FUNCTION jobs.%I() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $f$
         BEGIN
             IF TG_OP = ''INSERT'' AND (%s) AND NOT has_table_privilege(''jobs.tb_orchestrator''::regclass, ''INSERT'') THEN
                 RAISE EXCEPTION USING ERRCODE = ''42501'', MESSAGE = %L;
@@ -1273,16 +1271,15 @@ BEGIN
             END IF;%s
             RETURN NEW;
         END $f$', 'fn_check_' || substr(t[1], 4), t[2], t[3], rules, checks);
-        IF cardinality(gone) > 0 THEN
-            CALL jobs.pr_patiently(format('ALTER TABLE jobs.%I %s', t[1], array_to_string(gone, ', ')));
-        END IF;
     END LOOP;
 END
 $do$;
 
+CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_workflow_run_check BEFORE INSERT OR UPDATE ON jobs.tb_workflow_run FOR EACH ROW
 WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'yes' OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
-EXECUTE FUNCTION jobs.fn_check_workflow_run();
+EXECUTE FUNCTION jobs.fn_check_workflow_run()
+$sql$);
 
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_job_run_check BEFORE INSERT OR UPDATE ON jobs.tb_job_run FOR EACH ROW
@@ -1290,8 +1287,29 @@ WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'yes' OR NOT has_
 EXECUTE FUNCTION jobs.fn_check_job_run()
 $sql$);
 
-DROP TRIGGER IF EXISTS tr_workflow_run_insert ON jobs.tb_workflow_run;
-CALL jobs.pr_patiently('DROP TRIGGER IF EXISTS tr_job_run_insert ON jobs.tb_job_run');
+-- What these rules were before, now that they hold: constraints of the tables, and two triggers. Each table is let go before the next.
+DO $$
+DECLARE
+    c record;
+    t text;
+BEGIN
+    FOREACH t IN ARRAY array['tb_workflow_run', 'tb_job_run'] LOOP
+        FOR c IN
+            SELECT string_agg(format('DROP CONSTRAINT %I', k.conname), ', ') AS gone
+            FROM pg_constraint k JOIN pg_attribute a ON a.attrelid = k.conrelid AND k.conkey = array[a.attnum]
+            WHERE k.conrelid = ('jobs.' || t)::regclass AND k.contype = 'c' AND NOT k.convalidated
+              AND k.conname = 'ck_' || substr(t, 4) || '_' || a.attname AND a.attname <> 'status'
+            HAVING count(*) > 0
+        LOOP
+            CALL jobs.pr_patiently(format('ALTER TABLE jobs.%I %s', t, c.gone));
+        END LOOP;
+        IF EXISTS (SELECT FROM pg_trigger WHERE tgrelid = ('jobs.' || t)::regclass AND tgname = 'tr_' || substr(t, 4) || '_insert') THEN
+            CALL jobs.pr_patiently(format('DROP TRIGGER %I ON jobs.%I', 'tr_' || substr(t, 4) || '_insert', t));
+        END IF;
+        COMMIT;
+    END LOOP;
+END
+$$;
 DROP FUNCTION IF EXISTS jobs.fn_refuse_insert();
 
 -- Whoever may call a function that runs with its owner's rights may also make it a trigger of a table of his own.

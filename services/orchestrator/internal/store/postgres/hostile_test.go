@@ -201,6 +201,23 @@ func TestRules(t *testing.T) {
 	c.Psql(t, url, "SET ROLE rules_client; INSERT INTO jobs.tb_job_run (service_name, operation) VALUES ('x', 'y')")
 	_, err := c.Run(url, "SET ROLE rules_client; SET specql.checked = 'yes'; UPDATE jobs.tb_job_run SET next_attempt_at = '-infinity'")
 	require.ErrorContains(t, err, "violates check constraint")
+	// Nor to have other meanings for the words of the rules, or another time.
+	c.Psql(t, url, `CREATE SCHEMA rules_client AUTHORIZATION rules_client; SET ROLE rules_client;
+		CREATE FUNCTION rules_client.octet_length(text) RETURNS integer LANGUAGE sql AS 'SELECT 0';
+		CREATE FUNCTION rules_client.has_table_privilege(regclass, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+		CREATE FUNCTION rules_client.same(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+		CREATE OPERATOR rules_client.= (LEFTARG = text, RIGHTARG = text, FUNCTION = rules_client.same)`)
+	c.Psql(t, url, "INSERT INTO jobs.tb_workflow_run (entity, action, status) VALUES ('x', 'y', 'completed')")
+	for statement, want := range map[string]string{
+		"INSERT INTO jobs.tb_job_run (service_name, operation) VALUES (repeat('x', 1001), 'y')":                                       "violates check constraint",
+		"INSERT INTO jobs.tb_job_run (service_name, operation, run_id, status) VALUES ('x', 'y', gen_random_uuid(), 'failed')":        "a client inserts jobs of no run",
+		"UPDATE jobs.tb_workflow_run SET status = 'running', retries = retries + 1":                                                   "a run moves from pending",
+		"SET timezone = '<x>-14'; INSERT INTO jobs.tb_job_run (service_name, operation, created_at) VALUES ('x', 'y', '0001-01-01')":  "violates check constraint",
+		"SET timezone = '<x>+160'; INSERT INTO jobs.tb_job_run (service_name, operation, created_at) VALUES ('x', 'y', '9999-12-31')": "violates check constraint",
+	} {
+		_, err := c.Run(url, "SET ROLE rules_client; SET search_path = rules_client, pg_catalog; "+statement)
+		require.ErrorContains(t, err, want, statement)
+	}
 }
 
 // TestBounds: the store looks at what it writes as the tables do at what others write.

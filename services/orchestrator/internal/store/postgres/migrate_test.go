@@ -276,6 +276,54 @@ func TestMigrateMeanwhile(t *testing.T) {
 }
 
 // TestMigrateTwiceAtOnce: one waits for the other.
+// TestRulesHoldWhileTheyMove: the constraints of a database of before go once the triggers are there, and one table does not wait for
+// the other's.
+func TestRulesHoldWhileTheyMove(t *testing.T) {
+	url := ready(t)
+	c := pgtest.Shared(t)
+	c.Psql(t, url, `DROP TRIGGER tr_workflow_run_check ON jobs.tb_workflow_run; DROP TRIGGER tr_job_run_check ON jobs.tb_job_run;
+		ALTER TABLE jobs.tb_workflow_run ADD CONSTRAINT ck_workflow_run_created_at CHECK (created_at BETWEEN '0001-01-01' AND '9999-12-31') NOT VALID;
+		ALTER TABLE jobs.tb_job_run ADD CONSTRAINT ck_job_run_created_at CHECK (created_at BETWEEN '0001-01-01' AND '9999-12-31') NOT VALID,
+			ADD CONSTRAINT ck_job_run_attempts CHECK (attempts >= 0);
+		DELETE FROM jobs.tb_schema_version WHERE version = 7`)
+	// Somebody reads the jobs: what needs the table for itself waits.
+	reader, err := pgx.Connect(t.Context(), url)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, reader.Close(context.Background())) }()
+	_, err = reader.Exec(t.Context(), "BEGIN; SELECT FROM jobs.tb_job_run")
+	require.NoError(t, err)
+	migrated := make(chan error, 1)
+	go func() { _, err := Migrate(t.Context(), Options{URL: url}); migrated <- err }()
+	require.Eventually(t, func() bool {
+		return c.Psql(t, url, "SELECT count(*) FROM pg_constraint WHERE conname = 'ck_workflow_run_created_at'") == "0"
+	}, time.Minute, 50*time.Millisecond)
+	for _, table := range []string{"tb_workflow_run (entity, action, created_at)", "tb_job_run (service_name, operation, created_at)"} {
+		_, err := c.Run(url, "SET statement_timeout = '30s'; INSERT INTO jobs."+table+" VALUES ('x', 'y', 'infinity')")
+		require.ErrorContains(t, err, "violates check constraint", table)
+	}
+	require.Equal(t, "1", c.Psql(t, url, "SELECT count(*) FROM pg_constraint WHERE conname = 'ck_job_run_created_at'"), "the reader holds it")
+	_, err = reader.Exec(t.Context(), "ROLLBACK")
+	require.NoError(t, err)
+	require.NoError(t, <-migrated)
+	require.Equal(t, "ck_job_run_attempts,ck_job_run_status,ck_workflow_run_status", c.Psql(t, url, `SELECT string_agg(conname, ',' ORDER BY conname) FROM pg_constraint
+		WHERE conrelid IN ('jobs.tb_workflow_run'::regclass, 'jobs.tb_job_run'::regclass) AND contype = 'c'`), "others' stay")
+}
+
+// TestStatesOfOldTables: a table that knows more states than five gets no rows into them.
+func TestStatesOfOldTables(t *testing.T) {
+	url := pgtest.Database(t)
+	c := pgtest.Shared(t)
+	c.Psql(t, url, "CREATE SCHEMA jobs; "+strings.Replace(legacyTables["bounded"], "'retrying'", "'cancelled', 'retrying'", 1))
+	_, err := Migrate(t.Context(), Options{URL: url})
+	require.NoError(t, err)
+	c.Psql(t, url, "INSERT INTO jobs.tb_job_run (service_name, operation) VALUES ('x', 'y')")
+	for _, from := range []string{"pending", "running"} {
+		c.Psql(t, url, "UPDATE jobs.tb_job_run SET status = '"+from+"'")
+		_, err := c.Run(url, "UPDATE jobs.tb_job_run SET status = 'retrying'")
+		require.ErrorContains(t, err, "a job moves from pending", from)
+	}
+}
+
 func TestMigrateTwiceAtOnce(t *testing.T) {
 	url := makeLegacy(t, "plain", 2000, "'key-' || n")
 	type outcome struct {
