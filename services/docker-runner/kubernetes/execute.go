@@ -30,7 +30,7 @@ const (
 	logTimeout = 20 * time.Second
 	// pause is the time between two looks at what changes without telling.
 	pause = 200 * time.Millisecond
-	// patience is how long a pod may not be there before the job's log says so.
+	// patience is how long a pod may not be there before the job's log says so, and before its Job is looked at again.
 	patience = 10 * time.Second
 )
 
@@ -249,7 +249,7 @@ func (a *attempt) follow(ctx context.Context, wake <-chan struct{}) (json.RawMes
 	}()
 	late := time.NewTimer(patience)
 	defer late.Stop()
-	said, seen := "", false
+	said, seen, told := "", false, false
 	for {
 		pod := a.r.podOf(a.name, a.uid)
 		var s sight
@@ -284,11 +284,42 @@ func (a *attempt) follow(ctx context.Context, wake <-chan struct{}) (json.RawMes
 			return nil, context.Cause(ctx)
 		case <-wake:
 		case <-late.C:
-			if !seen {
+			if seen {
+				continue
+			}
+			if err := a.gone(ctx); err != nil {
+				return nil, err
+			}
+			if !told {
+				told = true
 				a.sink.Log("runner", "the cluster has made no pod for the Job yet; kubectl describe job "+a.name+" in "+a.r.o.Namespace+" says why")
 			}
+			late.Reset(patience)
 		}
 	}
+}
+
+// gone says why no pod will come of the Job any more, which no pod tells; nil while one may.
+func (a *attempt) gone(ctx context.Context) error {
+	found, err := a.r.api.jobs.Get(ctx, a.name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) || err == nil && string(found.UID) != a.uid {
+		return fault.New(fault.Unavailable, "somebody took the Job %s away", a.name)
+	}
+	if err != nil {
+		return nil //nolint:nilerr // it is asked again
+	}
+	for _, c := range found.Status.Conditions {
+		if c.Status != corev1.ConditionTrue || c.Type != batchv1.JobFailed && c.Type != batchv1.JobComplete {
+			continue
+		}
+		// The watch may be late, or away.
+		pods, err := a.r.api.pods.List(ctx, metav1.ListOptions{LabelSelector: labelJob + "=" + a.name})
+		if err != nil || len(pods.Items) > 0 {
+			return nil //nolint:nilerr // it is asked again
+		}
+		return fault.New(fault.Unavailable, "the Job %s has ended (%s), and its pod is gone with what it said: %s", a.name, c.Type, clip(c.Message))
+	}
+	return nil
 }
 
 // result makes the result of a container that has ended.

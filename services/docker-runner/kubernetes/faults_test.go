@@ -1,16 +1,25 @@
 package kubernetes
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"path"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/require"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 
 	"github.com/specql/mesh/pkg/fault"
@@ -157,5 +166,59 @@ func TestLastWords(t *testing.T) {
 		if a.usage != nil {
 			require.Nil(t, a.usage.CPUSeconds, "%s: figures of nobody", name)
 		}
+	}
+}
+
+// answers is an API server without a network: what it says to each GET by the end of the path.
+type answers map[string]any
+
+func (a answers) RoundTrip(req *http.Request) (*http.Response, error) {
+	code, body := http.StatusNotFound, any(metav1.Status{
+		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure, Code: http.StatusNotFound, Reason: metav1.StatusReasonNotFound,
+	})
+	if found, ok := a[path.Base(req.URL.Path)]; ok {
+		code, body = http.StatusOK, found
+	}
+	text, err := json.Marshal(body)
+	return &http.Response{
+		StatusCode: code, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(bytes.NewReader(text)), Request: req,
+	}, err
+}
+
+// TestNoPodComes: a call does not wait for its deadline where its Job was taken away, or has ended with a pod that is gone.
+func TestNoPodComes(t *testing.T) {
+	t.Parallel()
+	ended := func(uid string) *batchv1.Job {
+		return &batchv1.Job{
+			TypeMeta: metav1.TypeMeta{Kind: "Job", APIVersion: "batch/v1"}, ObjectMeta: metav1.ObjectMeta{Name: "specql-1", UID: types.UID(uid)},
+			Status: batchv1.JobStatus{Conditions: []batchv1.JobCondition{{Type: batchv1.JobFailed, Status: corev1.ConditionTrue, Message: "BackoffLimitExceeded"}}},
+		}
+	}
+	list := func(pods ...corev1.Pod) *corev1.PodList {
+		return &corev1.PodList{TypeMeta: metav1.TypeMeta{Kind: "PodList", APIVersion: "v1"}, Items: pods}
+	}
+	for name, c := range map[string]struct {
+		api  answers
+		says string
+	}{
+		"taken away":                           {answers{}, "took the Job specql-1 away"},
+		"another of its name":                  {answers{"specql-1": ended("2")}, "took the Job specql-1 away"},
+		"ended, and its pod is gone":           {answers{"specql-1": ended("1"), "pods": list()}, "BackoffLimitExceeded"},
+		"ended, and its pod is to be seen yet": {answers{"specql-1": ended("1"), "pods": list(corev1.Pod{})}, "the time is over"},
+		"not ended":                            {answers{"specql-1": &batchv1.Job{TypeMeta: metav1.TypeMeta{Kind: "Job", APIVersion: "batch/v1"}, ObjectMeta: metav1.ObjectMeta{UID: "1"}}}, "the time is over"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			api, err := newAPI(&rest.Config{Host: "https://cluster.example.org", Transport: c.api}, "jobs")
+			require.NoError(t, err)
+			r := &Runner{o: Options{Namespace: "jobs"}, api: api, log: slog.New(slog.DiscardHandler)}
+			r.pods, err = r.newInformer()
+			require.NoError(t, err)
+			ctx, cancel := context.WithTimeoutCause(t.Context(), time.Hour, errors.New("the time is over"))
+			defer cancel()
+			s := &sink{}
+			_, err = (&attempt{r: r, name: "specql-1", uid: "1", sink: s}).follow(ctx, nil)
+			require.ErrorContains(t, err, c.says, name)
+			require.LessOrEqual(t, len(s.lines), 1, "%s: it is said once", name)
+		})
 	}
 }
