@@ -848,7 +848,7 @@ BEGIN
         GROUP BY ' || keys;
     -- A row of its own for each: to begin sums takes longer than all else where there is one.
     change := 'INSERT INTO jobs.tb_job_stat (' || keys || names || ', slots, slot_jobs)
-        SELECT ' || keys || single || ', CASE WHEN slot IS NOT NULL THEN array[slot] END, CASE WHEN slot IS NOT NULL THEN array[sign::bigint] END
+        SELECT ' || keys || single || ', CASE WHEN duration IS NOT NULL THEN array[slot] END, CASE WHEN duration IS NOT NULL THEN array[sign::bigint] END
         FROM ' || figures;
 
     f := 'CREATE OR REPLACE FUNCTION jobs.%s() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f$

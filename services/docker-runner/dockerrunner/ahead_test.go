@@ -13,6 +13,7 @@ import (
 
 	"github.com/moby/moby/client"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/specql/mesh/pkg/runner"
@@ -140,6 +141,16 @@ func TestJobFile(t *testing.T) {
 		require.Equal(t, object{"written": true}, decoded(t, out.runOn(t, r)))
 		require.Len(t, spares(t, r), 1)
 	}
+}
+
+// TestJobFileIsReadable: by any user of the container, under whatever mask the runner was started. It is alone, since the mask is the process's.
+func TestJobFileIsReadable(t *testing.T) { //nolint:paralleltest // see above
+	defer unix.Umask(unix.Umask(0o077))
+	place := outputPlace{dir: jobDir{path: t.TempDir()}}
+	require.NoError(t, place.prime(t.Context(), nil, "", []byte("{}")))
+	info, err := os.Stat(filepath.Join(place.dir.path, jobFile))
+	require.NoError(t, err)
+	require.Equal(t, os.FileMode(0o444), info.Mode())
 }
 
 // What a container was created by is what its job is held to.

@@ -140,7 +140,12 @@ func (o outputPlace) prime(ctx context.Context, c *client.Client, id string, job
 		if job == nil {
 			return nil
 		}
-		if err := os.WriteFile(filepath.Join(o.dir.path, jobFile), job, 0o444); err != nil { //nolint:gosec // any user of the container may read it
+		name := filepath.Join(o.dir.path, jobFile)
+		err := os.WriteFile(name, job, 0o400)
+		if err == nil {
+			err = os.Chmod(name, 0o444) //nolint:gosec // any user of the container may read it, whatever the runner's mask is
+		}
+		if err != nil {
 			return fault.Wrap(err, fault.Unavailable, "write %s/%s: %v", outputMount, jobFile, err)
 		}
 		return nil

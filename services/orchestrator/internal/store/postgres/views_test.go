@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"testing"
 	"time"
 
@@ -175,6 +176,60 @@ func TestStatistics(t *testing.T) {
 	require.Empty(t, view(t, st, "SELECT * FROM jobs.v_execution_performance_by_type"))
 	require.NoError(t, run(t, st, "SELECT jobs.fn_stat_compact()"))
 	require.Empty(t, view(t, st, "SELECT * FROM jobs.tb_job_stat"))
+}
+
+// TestStatisticsOfOneRow: statements of one row and of several leave the sums that counting anew gives, whatever they change.
+func TestStatisticsOfOneRow(t *testing.T) {
+	st := openTest(t)
+	const seed, jobs, statements = 7, 24, 200
+	random := rand.New(rand.NewPCG(seed, seed)) //nolint:gosec // the same each time
+	pick := func(values ...string) string { return values[random.IntN(len(values))] }
+	figure := func(name string) string {
+		return pick("", `"`+name+`": 0.25, `, `"`+name+`": 3, `, `"`+name+`": null, `, `"`+name+`": "no number", `)
+	}
+	columns := []string{
+		"jobs", "tried_jobs", "attempts", "timed_jobs", "duration", "waited_jobs", "wait", "measured_jobs", "cpu_jobs", "cpu", "percent_jobs", "percent",
+		"memory_jobs", "memory", "peak_jobs", "peak", "disk_read", "disk_write", "network_rx", "network_tx", "span_jobs", "span", "oom_jobs", "priced_jobs", "cost", "billed",
+	}
+	sums := func() any {
+		t.Helper()
+		require.NoError(t, run(t, st, "SELECT jobs.fn_stat_compact()"))
+		list := ""
+		for _, c := range columns {
+			list += fmt.Sprintf(", coalesce(round(sum(%s)::numeric, 6), 0)::double precision AS %[1]s", c)
+		}
+		figures := view(t, st, `SELECT execution_type, service_name, status, runner`+list+` FROM jobs.tb_job_stat WHERE status IS NOT NULL GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4`)
+		slots := view(t, st, "SELECT execution_type, slot, n FROM jobs.tb_job_stat, unnest(slots, slot_jobs) AS u (slot, n) ORDER BY 1, 2")
+		return []any{figures, slots}
+	}
+	require.NoError(t, run(t, st, "INSERT INTO jobs.tb_workflow_run (id) VALUES ('"+runOne+"')"))
+	job := func(i int) {
+		t.Helper()
+		require.NoError(t, run(t, st, fmt.Sprintf(`INSERT INTO jobs.tb_job_run (id, run_id, service_name, operation, execution_type, status)
+			VALUES ('%s', %s, '%s', 'op', '%s', 'pending') ON CONFLICT DO NOTHING`, jobID(i), pick("NULL", "'"+runOne+"'", "'"+runOne+"'"), pick("a", "b"), pick("http", "shell"))))
+	}
+	for n := range statements {
+		first := random.IntN(jobs)
+		job(first)
+		last := first + random.IntN(2)*random.IntN(4)
+		where := fmt.Sprintf(" WHERE id BETWEEN '%s' AND '%s'", jobID(first), jobID(last))
+		if random.IntN(8) == 0 {
+			require.NoError(t, run(t, st, "DELETE FROM jobs.tb_job_run"+where))
+			continue
+		}
+		status := pick("running", "completed", "failed", "cancelled")
+		require.NoError(t, run(t, st, fmt.Sprintf(`UPDATE jobs.tb_job_run SET status = CASE WHEN status = 'pending' OR status = 'running' AND '%s' <> 'running' THEN '%[1]s' ELSE status END,
+			attempts = %d, duration_seconds = %s, started_at = %s, completed_at = %s, resource_usage = %s, security_context = %s`+where, status,
+			random.IntN(3), pick("NULL", "0", "1e-9", "0.5", "70"), pick("NULL", "created_at + interval '1 s'", "'infinity'"), pick("NULL", "created_at + interval '3 s'"),
+			pick("NULL", "'{"+figure("cpu_seconds")+figure("cpu_usage_percent")+figure("memory_mb")+figure("peak_memory_mb")+figure("disk_read_mb")+figure("disk_write_mb")+
+				figure("network_rx_mb")+figure("network_tx_mb")+figure("duration_seconds")+figure("cost_usd")+figure("billed_duration_ms")+`"oom_killed": `+pick("true", "false", `"true"`)+"}'"),
+			pick("NULL", `'{"runner": "r@a"}'`))), "%d", n)
+		if n%20 == 19 {
+			counted := sums()
+			require.NoError(t, run(t, st, "SELECT jobs.fn_stat_recount()"))
+			require.Equal(t, sums(), counted, "%d", n)
+		}
+	}
 }
 
 // TestQueriesOfTheDocuments run as they were written.
