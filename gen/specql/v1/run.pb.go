@@ -311,7 +311,8 @@ type Job struct {
 	// The run that the job belongs to.
 	RunId string `protobuf:"bytes,18,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
 	// Input and output are left out because all of the run's together are too large for one
-	// answer. WatchRun gives each by itself.
+	// answer; where that is not enough, so are resource_usage, security_context, idempotency_key and the end of the
+	// error's message. WatchRun gives each by itself.
 	PayloadsOmitted bool `protobuf:"varint,19,opt,name=payloads_omitted,json=payloadsOmitted,proto3" json:"payloads_omitted,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strconv"
+	"strings"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -33,10 +34,13 @@ const (
 	maxWait     = time.Hour
 	maxDocument = spec.MaxFileBytes
 	maxEntities = 1000
-	// maxAnswer is how many bytes the jobs of one run's answer have; its own input and output come on top. Jobs whose payloads have
-	// fewer than unmeasured bytes in JSON, all together, are below it: a message is at most six times as long.
+	// maxAnswer is how many bytes the jobs of one run's answer have before something is left out of them; its own input and output come on
+	// top. Jobs that have fewer than unmeasured bytes in the store, all together, are below it: a message is at most six times as long.
 	maxAnswer  = 12 << 20
 	unmeasured = 1 << 20
+	// leastStored is what a job has besides what it says, and leastMessage what is left of its error's message in an answer that is full.
+	leastStored  = 512
+	leastMessage = 100
 )
 
 // Store is what the API reads.
@@ -158,23 +162,41 @@ func (o *Orchestrator) get(ctx context.Context, id string) (*specqlv1.Run, error
 	return out, nil
 }
 
+// clip is the beginning of a message.
+func clip(message string) string {
+	if len(message) <= leastMessage {
+		return message
+	}
+	return strings.ToValidUTF8(message[:leastMessage], "") + "…"
+}
+
 // fullProto is a run with its jobs.
 func fullProto(run *store.Run, jobs []*store.Job) *specqlv1.Run {
 	out := runProto(run)
-	payloads, budget := 0, maxAnswer
+	stored, budget := 0, maxAnswer
 	for _, j := range jobs {
-		payloads += len(j.Input) + len(j.Output)
+		stored += leastStored + len(j.Input) + len(j.Output) + len(j.ResourceUsage) + len(j.SecurityContext)
+		if j.Err != nil {
+			stored += len(j.Err.Message)
+		}
 	}
 	for _, j := range jobs {
 		p := jobProto(j)
-		if payloads > unmeasured {
+		if stored > unmeasured {
 			size := proto.Size(p)
 			if size > budget {
 				// Watchers get each by itself.
 				p.Input, p.Output, p.PayloadsOmitted = nil, nil, true
-				size = 0
+				size = proto.Size(p)
 			}
-			budget -= size
+			if size > budget {
+				p.ResourceUsage, p.SecurityContext, p.IdempotencyKey = nil, nil, ""
+				if p.GetError() != nil {
+					p.Error.Message = clip(p.GetError().GetMessage())
+				}
+				size = proto.Size(p)
+			}
+			budget = max(0, budget-size)
 		}
 		out.Jobs = append(out.Jobs, p)
 	}
