@@ -141,13 +141,13 @@ func New(o Options) (*Runner, error) {
 	}
 	o.Logger = r.log
 	if r.box, err = newHolder(r, o); err != nil {
-		return nil, errors.Join(err, removeAll(r.temp))
+		return nil, errors.Join(err, removeAll(r.temp), cgroup.Release(groupParent))
 	}
 	r.noNet, r.noLoop = r.box.networkMissing()
 	r.found = r.features()
 	if err := runner.Require(r.found, o.RequireIsolation); err != nil {
 		r.box.close()
-		return nil, errors.Join(err, removeAll(r.temp))
+		return nil, errors.Join(err, removeAll(r.temp), cgroup.Release(groupParent))
 	}
 	return r, nil
 }

@@ -126,8 +126,9 @@ func New(o Options) (*Sandbox, error) {
 	}
 	if slices.Contains(o.Without, UserNamespace) {
 		s.noSpaces = without
-	} else {
-		s.probe()
+	} else if err := s.probe(); err != nil {
+		s.Close()
+		return nil, err
 	}
 	if !s.spaces {
 		s.noNet, s.noLoop = networkNamespaces()
@@ -159,26 +160,42 @@ func (s *Sandbox) onStarter(f func()) bool {
 	}
 }
 
-// probe starts the first launcher in the strictest way that works.
-func (s *Sandbox) probe() {
+// probe starts the first launcher in the strictest way that works. That no room can be made says
+// nothing of name spaces, and is an error.
+func (s *Sandbox) probe() error {
+	var noRoom *roomError
 	if os.Geteuid() == 0 {
 		s.ownUID = true
 		l, err := s.spawn(true)
 		if err == nil {
 			s.spaces, s.idle[true] = true, []*launched{l}
-			return
+			return nil
+		}
+		if errors.As(err, &noRoom) {
+			return err
 		}
 		s.ownUID, s.noUID = false, err
 	} else {
 		s.noUID = errors.New("only root can give jobs users of their own; a job has the runner's, in a user name space of its own")
 	}
 	l, err := s.spawn(true)
+	if errors.As(err, &noRoom) {
+		return err
+	}
 	if err != nil {
 		s.noSpaces = err
-		return
+		return nil
 	}
 	s.spaces, s.idle[true] = true, []*launched{l}
+	return nil
 }
+
+// roomError is that no room could be made.
+type roomError struct{ err error }
+
+func (e *roomError) Error() string { return e.err.Error() }
+
+func (e *roomError) Unwrap() error { return e.err }
 
 // Features are the ways of holding a job, those that are missing here among them.
 func (s *Sandbox) Features() []Feature {
@@ -312,12 +329,14 @@ func (s *Sandbox) spawn(ownNetwork bool) (*launched, error) {
 }
 
 // furnish gives a launcher its room.
-func (s *Sandbox) furnish(l *launched) (err error) {
+func (s *Sandbox) furnish(l *launched) error {
 	var files []int
 	if s.newRoom != nil {
-		if l.room, err = s.newRoom(); err != nil {
-			return err
+		room, err := s.newRoom()
+		if err != nil {
+			return &roomError{err}
 		}
+		l.room = room
 		for _, f := range l.room.Joins() {
 			files = append(files, int(f.Fd())) //nolint:gosec // a descriptor
 		}
