@@ -1220,7 +1220,7 @@ $$;
 -- orchestrator's rights: else the right to insert would be the right to end a step of a run of somebody else. Rows that are
 -- there already are not looked at. An orchestrator has looked at what it writes, and says so by a setting: constraints of
 -- the table would be read anew for each statement, some thirty of them. The functions have a search path of their own: in a client's,
--- <= may be the client's.
+-- <= may be the client's. Nor is it believed in a function that runs with its owner's rights: its caller sets what it likes.
 DO $do$
 DECLARE
     c       record;
@@ -1277,13 +1277,13 @@ $do$;
 
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_workflow_run_check BEFORE INSERT OR UPDATE ON jobs.tb_workflow_run FOR EACH ROW
-WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'yes' OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'yes' OR current_user <> session_user OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
 EXECUTE FUNCTION jobs.fn_check_workflow_run()
 $sql$);
 
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_job_run_check BEFORE INSERT OR UPDATE ON jobs.tb_job_run FOR EACH ROW
-WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'yes' OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'yes' OR current_user <> session_user OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
 EXECUTE FUNCTION jobs.fn_check_job_run()
 $sql$);
 

@@ -218,6 +218,13 @@ func TestRules(t *testing.T) {
 		_, err := c.Run(url, "SET ROLE rules_client; SET search_path = rules_client, pg_catalog; "+statement)
 		require.ErrorContains(t, err, want, statement)
 	}
+	// Nor by way of a function that has an orchestrator's rights.
+	c.Psql(t, url, `ALTER ROLE rules_client LOGIN; CREATE FUNCTION public.begin_run(key text) RETURNS void LANGUAGE sql SECURITY DEFINER AS
+		$$ INSERT INTO jobs.tb_workflow_run (entity, action, correlation_id) VALUES ('x', 'y', key) $$`)
+	as := strings.Replace(url, pgtest.User+"@", "rules_client@", 1)
+	c.Psql(t, as, "SET specql.checked = 'yes'; SELECT public.begin_run('k')")
+	_, err = c.Run(as, "SET specql.checked = 'yes'; SELECT public.begin_run(repeat('k', 10001))")
+	require.ErrorContains(t, err, "violates check constraint")
 }
 
 // TestBounds: the store looks at what it writes as the tables do at what others write.
