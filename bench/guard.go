@@ -60,6 +60,24 @@ func (b *bench) aims(p func(format string, args ...any), results map[workload][]
 		}
 		p("| %s | %d | %s | %s %g | %s | %s |", l.workload.shape, l.workload.concurrency, l.what, sign, l.limit, s.text(4), verdict)
 	}
+	for _, w := range []workload{one, {shape: "10 sequential"}, forty, hundred} {
+		for _, n := range []int{1, 32} {
+			w := at(w, n)
+			own, theirs := results[w], results[workload{"Temporal", w.shape, n}]
+			if len(own) == 0 || len(own) != len(theirs) {
+				continue
+			}
+			rounds := make([]float64, len(own))
+			for i := range own {
+				rounds[i] = own[i].rate() / theirs[i].rate()
+			}
+			s, verdict := spreadOf(rounds, func(x float64) float64 { return x }), "met"
+			if s.median < 25 {
+				verdict = "**missed**"
+			}
+			p("| %s | %d | workflows a second / F32, over Temporal's | at least 25 | %s | %s |", w.shape, n, s.text(1), verdict)
+		}
+	}
 }
 
 func (l bound) beyond(x float64) bool {
