@@ -538,10 +538,19 @@ func (a *attempt) sample(ctx context.Context, cli *client.Client, id string) <-c
 	return done
 }
 
+// endedForMemory tells whether the kernel ended a process of a container that ended by itself for its memory. The engine hears of it
+// apart from the end, and so sometimes later; the kernel's own count goes, with control groups v1, with the container's group.
+// Where both are too late, a program that was killed with all of its memory in use was killed for that.
+func endedForMemory(state *container.State, kills int, peakMB *float64, limitMB float64) bool {
+	const killed, all = 128 + 9, 0.99
+	return state.OOMKilled || kills > 0 ||
+		state.ExitCode == killed && limitMB > 0 && peakMB != nil && *peakMB >= all*limitMB
+}
+
 // verdict says why a container that ended by itself failed; nil where it did not.
 func (a *attempt) verdict(state *container.State, stderr *tail) error {
 	u, kills, _ := a.meter.usage()
-	oom := state.OOMKilled || kills > 0
+	oom := endedForMemory(state, kills, u.PeakMemoryMb, a.limits.MemoryMB)
 	a.oomKilled = &oom
 	if !oom && state.ExitCode != 0 && a.meter.refusedProcesses() {
 		return fault.New(fault.ResourceExceeded, "the container needed more processes than its limit of %d, and exited with status %d: %s; raise resource_limits.processes",
