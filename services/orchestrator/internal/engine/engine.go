@@ -210,7 +210,7 @@ type Engine struct {
 	queued    map[string]bool
 	admitting map[string]bool
 	// parked are the runs that sleep for long.
-	parked   map[string]*parking
+	parked   *parkedRuns
 	draining bool
 	drain    context.Context // ends when draining begins
 	endDrain context.CancelFunc
@@ -231,8 +231,9 @@ func New(o Options) *Engine {
 		o.Observer = unobserved{}
 	}
 	e := &Engine{
-		Options: o, hub: newHub(), slots: newSlots(o.MaxRuns), runs: map[string]*run{}, queued: map[string]bool{}, admitting: map[string]bool{}, parked: map[string]*parking{}, members: newMembership(o.Owner),
+		Options: o, hub: newHub(), slots: newSlots(o.MaxRuns), runs: map[string]*run{}, queued: map[string]bool{}, admitting: map[string]bool{}, members: newMembership(o.Owner),
 	}
+	e.parked = newParkedRuns(e.wakeDue)
 	e.joined, e.part = context.WithCancel(context.Background())
 	e.drain, e.endDrain = context.WithCancel(context.Background())
 	e.base, e.stop = context.WithCancelCause(context.Background())
@@ -708,8 +709,7 @@ func (e *Engine) Close(ctx context.Context) {
 		e.handOver(id) // it waits for nothing here any more
 	}
 	clear(e.queued)
-	for id := range e.parked {
-		e.dropParked(id)
+	for _, id := range e.parked.clear() {
 		e.handOver(id)
 	}
 	e.mu.Unlock()

@@ -220,9 +220,7 @@ func (e *Engine) evict(ctx context.Context) {
 	for _, r := range e.runs {
 		runs = append(runs, r)
 	}
-	for id := range e.parked {
-		e.dropParked(id)
-	}
+	e.parked.clear()
 	e.mu.Unlock()
 	e.Logger.Error("the others took this orchestrator for dead: it lets go of its runs and joins again", "was", old, "runs", len(runs))
 	for _, r := range runs {
