@@ -90,14 +90,14 @@ func (l bound) beyond(x float64) bool {
 
 func bounds() []bound {
 	return []bound{
-		{at(one, 1), "write transactions", writes, 2.3, false},
+		{at(one, 1), "write transactions", writes, 2.5, false},
 		{at(one, 32), "write transactions", writes, 0.5, false},
-		{at(one, 32), "workflows a second / F32", (*result).rate, 0.1, true},
-		{at(forty, 1), "write transactions", writes, 43, false},
+		{at(one, 32), "workflows a second / F32", (*result).rate, 0.05, true},
+		{at(forty, 1), "write transactions", writes, 46, false},
 		{at(forty, 32), "write transactions", writes, 6, false},
-		{at(forty, 32), "workflows a second / F32", (*result).rate, 0.004, true},
+		{at(forty, 32), "workflows a second / F32", (*result).rate, 0.002, true},
 		{at(hundred, 1), "write transactions", writes, 20, false},
-		{at(hundred, 32), "workflows a second / F32", (*result).rate, 0.002, true},
+		{at(hundred, 32), "workflows a second / F32", (*result).rate, 0.001, true},
 		{at(hundred, 32), "CPU of a step, in bare echoes", func(r *result) float64 { return r.stepCPU() / r.EchoMs }, 20, false},
 	}
 }
