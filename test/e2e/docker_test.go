@@ -20,17 +20,14 @@ import (
 // engine is a client of the machine's Docker engine; the test is skipped where there is none.
 func engine(t *testing.T) *http.Client {
 	t.Helper()
-	socket := "/var/run/docker.sock"
+	network, address := "unix", "/var/run/docker.sock"
 	if host := os.Getenv("DOCKER_HOST"); host != "" {
-		path, isUnix := strings.CutPrefix(host, "unix://")
-		if !isUnix {
-			t.Skip("the Docker engine of this test is one on a unix socket")
-		}
-		socket = path
+		network, address, _ = strings.Cut(host, "://")
+		require.Contains(t, []string{"unix", "tcp"}, network, "DOCKER_HOST is %q; this test reaches an engine at unix:// or tcp://", host)
 	}
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
-		return d.DialContext(ctx, "unix", socket)
+		return d.DialContext(ctx, network, address)
 	}}
 	t.Cleanup(transport.CloseIdleConnections)
 	c := &http.Client{Transport: transport}
