@@ -60,12 +60,15 @@ func (m *meter) read(ctx context.Context) (reading, error) {
 			return r, fmt.Errorf("read the processor time of %s: %w", name, err)
 		}
 	}
+	r.cpu["client"], err = ownTime()
+	return r, err
+}
+
+// ownTime is what this process has used.
+func ownTime() (time.Duration, error) {
 	var own syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &own); err != nil {
-		return r, err
-	}
-	r.cpu["client"] = time.Duration(own.Utime.Nano() + own.Stime.Nano())
-	return r, nil
+	err := syscall.Getrusage(syscall.RUSAGE_SELF, &own)
+	return time.Duration(own.Utime.Nano() + own.Stime.Nano()), err
 }
 
 func (r reading) until(later reading) spent {

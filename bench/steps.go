@@ -23,6 +23,7 @@ import (
 var stepKinds = map[string]func(context.Context, *steps) error{
 	"docker": dockerSteps,
 	"http":   httpSteps,
+	"noop":   noopSteps,
 	"shell":  shellSteps,
 }
 
@@ -101,8 +102,12 @@ type stepRunner struct {
 // startRunner builds a runner, starts it and connects to it.
 func (s *steps) startRunner(ctx context.Context, name string, args ...string) (_ *stepRunner, err error) {
 	s.sayf("building %s", name)
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", s.bin+string(filepath.Separator), "./services/"+name) //nolint:gosec // our own
-	cmd.Dir, cmd.Env = s.root, append(os.Environ(), "CGO_ENABLED=0", "GOWORK=")                                             // this program is built without the workspace, and may be run so
+	dir, workspace := filepath.Join(s.root, "services"), "GOWORK=" // this program is built without the workspace, and may be run so
+	if name == "noop-runner" {
+		dir, workspace = filepath.Join(s.root, "bench"), "GOWORK=off"
+	}
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", s.bin+string(filepath.Separator), "./"+name) //nolint:gosec // our own
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "CGO_ENABLED=0", workspace)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("build %s: %w\n%s", name, err, out)
 	}
@@ -168,6 +173,20 @@ func (r *stepRunner) streams(ctx context.Context, n int) (_ chan *stepRunner, en
 		all <- one
 	}
 	return all, end, nil
+}
+
+// caller gives a function that makes a call of an operation, so many at once, each on a stream of its own.
+func (r *stepRunner) caller(ctx context.Context, n int, service *runnerv1.Service, operation *runnerv1.Operation) (call func(context.Context) error, end context.CancelFunc, err error) {
+	streams, end, err := r.streams(ctx, n)
+	if err != nil {
+		return nil, nil, err
+	}
+	return func(context.Context) error {
+		stream := <-streams
+		defer func() { streams <- stream }()
+		_, err := stream.execute(&runnerv1.Job{Service: service, Operation: operation})
+		return err
+	}, end, nil
 }
 
 func (r *stepRunner) close() error {

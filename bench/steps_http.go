@@ -8,8 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
-	"time"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 )
@@ -37,9 +35,8 @@ func httpSteps(ctx context.Context, s *steps) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, e.end()) }()
-	url := "http://" + address
 	for _, n := range []int{1, 8, 64} {
-		if err := httpWindows(ctx, s, r, e, url, n); err != nil {
+		if err := httpWindows(ctx, s, []*program{target, r.program}, r, e, "http://"+address, n); err != nil {
 			return err
 		}
 	}
@@ -47,8 +44,7 @@ func httpSteps(ctx context.Context, s *steps) (err error) {
 }
 
 // httpWindows measures rates of so many at once, in short windows that take turns.
-func httpWindows(ctx context.Context, s *steps, r *stepRunner, e *echo, url string, n int) error {
-	const window = 500 * time.Millisecond
+func httpWindows(ctx context.Context, s *steps, processes []*program, r *stepRunner, e *echo, url string, n int) error {
 	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: n}}
 	defer client.CloseIdleConnections()
 	get := func(ctx context.Context) error {
@@ -62,47 +58,12 @@ func httpWindows(ctx context.Context, s *steps, r *stepRunner, e *echo, url stri
 		}
 		return resp.Body.Close()
 	}
-	streams, end, err := r.streams(ctx, n)
+	step, end, err := r.caller(ctx, n, &runnerv1.Service{
+		Name: "nothing", ExecutionType: "http", RunnerConfig: []byte(`{"base_url":"` + url + `"}`), SecurityPolicy: []byte(`{"allow_private_networks":true}`),
+	}, &runnerv1.Operation{Name: "nothing", Config: []byte(`{"method":"GET","path":"/"}`)})
 	if err != nil {
 		return err
 	}
 	defer end()
-	service := &runnerv1.Service{
-		Name: "nothing", ExecutionType: "http", RunnerConfig: []byte(`{"base_url":"` + url + `"}`), SecurityPolicy: []byte(`{"allow_private_networks":true}`),
-	}
-	operation := &runnerv1.Operation{Name: "nothing", Config: []byte(`{"method":"GET","path":"/"}`)}
-	step := func(context.Context) error {
-		stream := <-streams
-		defer func() { streams <- stream }()
-		_, err := stream.execute(&runnerv1.Job{Service: service, Operation: operation})
-		return err
-	}
-	var floors, rates, shares, echoes []float64
-	var p50, floorP50 samples
-	rounds := max(1, s.each/20)
-	for round := range rounds + 1 {
-		floor, floorTook, err := spin(ctx, n, window, get)
-		if err != nil {
-			return fmt.Errorf("net/http: %w", err)
-		}
-		rate, took, err := spin(ctx, n, window, step)
-		if err != nil {
-			return fmt.Errorf("http-runner: %w", err)
-		}
-		bare, _, err := spin(ctx, n, window, e.call)
-		if err != nil {
-			return fmt.Errorf("gRPC: %w", err)
-		}
-		if round > 0 { // the first warms up
-			floors, rates, shares, echoes = append(floors, floor), append(rates, rate), append(shares, rate/floor), append(echoes, bare)
-			p50, floorP50 = append(p50, took), append(floorP50, floorTook)
-		}
-	}
-	s.sayf("%2d at once: net/http %6.0f a second (p50 %.3f ms)  gRPC call with mutual TLS %6.0f  http runner %6.0f (p50 %.3f ms), %.3f of net/http (%.3f–%.3f)", n, middle(floors),
-		ms(floorP50.quantile(0.5)), middle(echoes), middle(rates), ms(p50.quantile(0.5)), middle(shares), slices.Min(shares), slices.Max(shares))
-	return nil
-}
-
-func middle(values []float64) float64 {
-	return slices.Sorted(slices.Values(values))[len(values)/2]
+	return s.windows(ctx, n, max(1, s.each/20), processes, contestant{"net/http", get}, contestant{"HTTP step of the runner", step}, contestant{"gRPC call with mutual TLS, both ends here", e.call})
 }
