@@ -141,7 +141,7 @@ func (s *steps) startRunner(ctx context.Context, name string, args ...string) (_
 // execute runs one job to its end: one after the other on one stream, as an orchestrator does it.
 func (r *stepRunner) execute(job *runnerv1.Job) (*runnerv1.Finished, error) {
 	r.count++
-	job.Id, job.RunId, job.Attempt, job.More = fmt.Sprintf("%s-%d", r.name, r.count), "run", 1, true
+	job.Id, job.RunId, job.Attempt, job.More, job.Batch = fmt.Sprintf("%s-%d", r.name, r.count), "run", 1, true, true
 	job.IdempotencyKey, job.Timeout, job.Lease = job.GetId(), durationpb.New(time.Minute), durationpb.New(30*time.Second)
 	if err := r.stream.Send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: job}}); err != nil {
 		return nil, err
@@ -150,6 +150,9 @@ func (r *stepRunner) execute(job *runnerv1.Job) (*runnerv1.Finished, error) {
 		event, err := r.stream.Recv()
 		if err != nil {
 			return nil, err
+		}
+		if events := event.GetBatch().GetEvents(); len(events) > 0 {
+			event = events[len(events)-1]
 		}
 		if finished := event.GetFinished(); finished != nil {
 			if e := finished.GetError(); e != nil {

@@ -1,7 +1,11 @@
 package runner
 
 import (
+	"slices"
 	"sync"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 )
@@ -18,35 +22,57 @@ type feed struct {
 	usage   *runnerv1.ExecuteResponse
 	usageAt int64
 	final   *runnerv1.ExecuteResponse
-	subs    map[*subscriber]struct{}
+	subs    []*subscriber
 }
 
 // subscriber is one stream that follows a job.
 type subscriber struct {
+	// started is what the stream is told first.
+	started *runnerv1.Started
 	next    int64
 	usageAt int64
 	wake    chan struct{} // holds a token when there is something new
-	renewed bool          // a renewal is to be answered
-	refused error         // why the stream must end, once set
+	// quiet: there is none for events that can wait, until the job is released. since is when that began.
+	quiet bool
+	since time.Time
+	// batch: several events may go into one message. The stream's worker sets it before others see the subscriber.
+	batch   bool
+	renewed bool  // a renewal is to be answered
+	refused error // why the stream must end, once set
+	ended   bool  // it has the job's end
 }
 
-func (f *feed) subscribe() *subscriber {
+func (f *feed) subscribe(wake chan struct{}, quiet bool) *subscriber {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.subs == nil {
-		f.subs = map[*subscriber]struct{}{}
+	s := &subscriber{next: f.first, wake: wake, quiet: quiet}
+	if quiet {
+		s.since = time.Now()
 	}
-	s := &subscriber{next: f.first, wake: make(chan struct{}, 1)}
-	f.subs[s] = struct{}{}
-	s.wake <- struct{}{}
+	f.subs = append(f.subs, s)
 	return s
+}
+
+// greet sets what the stream is told first.
+func (f *feed) greet(s *subscriber, started *runnerv1.Started) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s.started = started
+}
+
+// release has a quiet stream told what there is.
+func (f *feed) release(s *subscriber) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s.quiet = false
+	s.notify()
 }
 
 // unsubscribe tells whether no subscriber is left.
 func (f *feed) unsubscribe(s *subscriber) (last bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	delete(f.subs, s)
+	f.subs = slices.DeleteFunc(f.subs, func(other *subscriber) bool { return other == s })
 	return len(f.subs) == 0
 }
 
@@ -54,11 +80,11 @@ func (f *feed) unsubscribe(s *subscriber) (last bool) {
 func (f *feed) refuse(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for s := range f.subs {
+	for _, s := range f.subs {
 		s.refused = err
-		delete(f.subs, s)
 		s.notify()
 	}
+	f.subs = nil
 }
 
 // refuseOne ends one stream.
@@ -113,14 +139,25 @@ func (f *feed) finish(fin *runnerv1.Finished) {
 func (f *feed) take(s *subscriber) (events []*runnerv1.ExecuteResponse, end bool, refused error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if s.refused != nil {
+	switch {
+	case s.refused != nil:
 		return nil, true, s.refused
+	case s.ended:
+		return nil, true, nil
+	}
+	from := min(int(s.next-f.first), len(f.events))
+	events = make([]*runnerv1.ExecuteResponse, 0, len(f.events)-from+4) // the one of each other kind
+	if s.started != nil {
+		if !s.since.IsZero() {
+			s.started.Held = durationpb.New(time.Since(s.since))
+		}
+		events = append(events, &runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Started{Started: s.started}})
+		s.started = nil
 	}
 	if s.renewed {
 		s.renewed = false
 		events = append(events, &runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Renewed{Renewed: &runnerv1.Renewed{}}})
 	}
-	from := min(int(s.next-f.first), len(f.events))
 	events = append(events, f.events[from:]...)
 	s.next = f.first + int64(len(f.events))
 	if f.usage != nil && s.usageAt < f.usageAt {
@@ -128,7 +165,7 @@ func (f *feed) take(s *subscriber) (events []*runnerv1.ExecuteResponse, end bool
 		events = append(events, f.usage)
 	}
 	if f.final != nil {
-		events, end = append(events, f.final), true
+		events, end, s.ended = append(events, f.final), true, true
 	}
 	f.trim()
 	return events, end, nil
@@ -137,7 +174,7 @@ func (f *feed) take(s *subscriber) (events []*runnerv1.ExecuteResponse, end bool
 // trim drops the events that every subscriber has read.
 func (f *feed) trim() {
 	read := f.first + int64(len(f.events))
-	for s := range f.subs {
+	for _, s := range f.subs {
 		read = min(read, s.next)
 	}
 	n := int(read - f.first)
@@ -160,8 +197,10 @@ func (f *feed) size() int {
 }
 
 func (f *feed) notifyAll() {
-	for s := range f.subs {
-		s.notify()
+	for _, s := range f.subs {
+		if !s.quiet {
+			s.notify()
+		}
 	}
 }
 

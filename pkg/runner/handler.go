@@ -15,7 +15,6 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
-	"go.opentelemetry.io/otel/propagation"
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -91,6 +90,7 @@ type Handler struct {
 	draining   bool
 	// closing is closed when draining begins.
 	closing chan struct{}
+	holds   holds
 }
 
 // pastEpoch is the epoch that a job had last.
@@ -154,6 +154,16 @@ func identity(name string) string {
 		host = "unknown"
 	}
 	return name + "@" + host
+}
+
+// closes tells whether draining has begun.
+func (h *Handler) closes() bool {
+	select {
+	case <-h.closing:
+		return true
+	default:
+		return false
+	}
 }
 
 // InFlight is how many jobs run now.
@@ -284,173 +294,20 @@ func (h *Handler) recovered(ctx context.Context, what string, err *error) {
 	}
 }
 
-// Execute implements RunnerService.
-func (h *Handler) Execute(stream grpc.BidiStreamingServer[runnerv1.ExecuteRequest, runnerv1.ExecuteResponse]) error {
-	first, err := stream.Recv()
-	if err != nil {
-		return status.Error(codes.InvalidArgument, "the first message must be start")
-	}
-	start := first.GetStart()
-	if start == nil {
-		return status.Error(codes.InvalidArgument, "the first message must be start")
-	}
-	t := &talk{h: h, stream: stream, starts: make(chan *runnerv1.Job, 1)}
-	for err == nil && start != nil {
-		if err = t.carry(start); err == nil {
-			start, err = t.next(start)
-		}
-	}
-	return err
+// admission is a start, besides its job.
+type admission struct {
+	lease      time.Duration
+	attachOnly bool
+	// wake gets a token when there is something to say of the job.
+	wake chan struct{}
+	// quiet: events wait, and so does the lease's timer, until the job is released.
+	quiet bool
 }
 
-// talk is one stream: one job, or one after the other.
-type talk struct {
-	h      *Handler
-	stream grpc.BidiStreamingServer[runnerv1.ExecuteRequest, runnerv1.ExecuteResponse]
-	// starts has the next job. It is closed when the client says no more; then wrong says whether it said something wrong.
-	starts chan *runnerv1.Job
-	wrong  error
-	steers bool
-
-	mu sync.Mutex
-	// job and sub are what commands are for; nil between two jobs.
-	job *job
-	sub *subscriber
-}
-
-// carry begins or joins a job and tells the client of it until its end.
-func (t *talk) carry(start *runnerv1.Job) error {
-	ctx := t.stream.Context()
-	var phases *telemetry.Phases
-	if start.GetProfile() {
-		phases = telemetry.NewPhases("runner")
-	}
-	asked, err := newJob(start)
-	if err != nil {
-		return fault.ToStatus(err).Err()
-	}
-	// A process that was stopped finds starts in its buffers that were given up long ago.
-	if ctx.Err() != nil {
-		return status.FromContextError(ctx.Err()).Err()
-	}
-	if trace := start.GetTraceContext(); start.GetMore() && len(trace) > 0 { // else the stream's headers say it
-		ctx = telemetry.Propagator().Extract(ctx, propagation.MapCarrier(trace))
-	}
-	j, sub, attached, err := t.h.admit(telemetry.WithPhases(ctx, phases), asked, start.GetLease().AsDuration(), start.GetAttachOnly())
-	if err != nil {
-		return fault.ToStatus(err).Err()
-	}
-	defer t.h.leave(j, sub)
-	t.follow(j, sub)
-	defer t.follow(nil, nil)
-	if err := t.stream.Send(&runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Started{
-		Started: &runnerv1.Started{Time: timestamppb.Now(), Attached: attached, More: start.GetMore()},
-	}}); err != nil {
-		return err
-	}
-	if !t.steers {
-		t.steers = true
-		go t.steer()
-	}
-	for {
-		events, end, refused := j.feed.take(sub)
-		if refused != nil {
-			return refused
-		}
-		if end {
-			t.follow(nil, nil) // before the client knows, who may begin the next one at once
-		}
-		for _, e := range events {
-			if err := t.stream.Send(e); err != nil {
-				return err
-			}
-		}
-		if end {
-			return nil
-		}
-		select {
-		case <-sub.wake:
-		case <-ctx.Done():
-			return status.FromContextError(ctx.Err()).Err()
-		}
-	}
-}
-
-// next waits for the job after one; nil where there is none.
-func (t *talk) next(last *runnerv1.Job) (*runnerv1.Job, error) {
-	if !last.GetMore() {
-		return nil, nil
-	}
-	select {
-	case start, ok := <-t.starts:
-		if !ok {
-			return nil, t.wrong
-		}
-		return start, nil
-	case <-t.h.closing:
-		return nil, nil
-	case <-t.stream.Context().Done():
-		return nil, status.FromContextError(t.stream.Context().Err()).Err()
-	}
-}
-
-func (t *talk) follow(j *job, sub *subscriber) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.job, t.sub = j, sub
-}
-
-// steer reads what follows the first start, until the stream ends.
-func (t *talk) steer() {
-	defer close(t.starts)
-	for {
-		req, err := t.stream.Recv()
-		if err != nil {
-			return // the client said all it had to say, or is gone, which the stream's context tells
-		}
-		t.mu.Lock()
-		j, sub := t.job, t.sub
-		t.mu.Unlock()
-		switch c := req.GetCommand().(type) {
-		case *runnerv1.ExecuteRequest_Cancel:
-			if j == nil {
-				continue // it is for the job that has just ended
-			}
-			if !j.feed.follows(sub) {
-				return
-			}
-			reason := cmp.Or(cut(strings.ToValidUTF8(c.Cancel.GetReason(), ""), maxDetailText), "cancelled")
-			j.cancel(fault.New(fault.Cancelled, "%s", reason))
-		case *runnerv1.ExecuteRequest_Renew:
-			if j != nil {
-				t.h.renew(j, sub)
-			}
-		case *runnerv1.ExecuteRequest_Start:
-			t.wrong = status.Error(codes.InvalidArgument, "a start is the first message, or follows finished where started said more")
-			if j != nil {
-				j.feed.refuseOne(sub, t.wrong)
-				return
-			}
-			select {
-			case t.starts <- c.Start:
-				t.wrong = nil
-			default:
-				return
-			}
-		default:
-			t.wrong = status.Error(codes.InvalidArgument, "a command is start, cancel or renew")
-			if j != nil {
-				j.feed.refuseOne(sub, t.wrong)
-			}
-			return
-		}
-	}
-}
-
-// admit finds the job to attach to, or starts it unless it is only to be attached to.
-func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration, attachOnly bool) (*job, *subscriber, bool, error) {
+// admit finds the job to attach to, or gives what runs it to its end, unless it is only to be attached to.
+func (h *Handler) admit(ctx context.Context, asked *Job, a admission) (_ *job, _ *subscriber, run func(), _ error) {
 	if err := h.serves(asked.Service.ExecutionType); err != nil {
-		return nil, nil, false, err
+		return nil, nil, nil, err
 	}
 	if asked.ID == "" {
 		asked.ID = uuid.NewString()
@@ -460,23 +317,23 @@ func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration, at
 	h.prune()
 	if j, ok := h.jobs[asked.ID]; ok {
 		trace.SpanFromContext(ctx).AddLink(trace.Link{SpanContext: j.span})
-		sub, err := h.attach(j, asked, lease)
+		sub, err := h.attach(j, asked, a)
 		if sub != nil || err != nil {
-			return j, sub, true, err
+			return j, sub, nil, err
 		}
 	}
 	if past, ok := h.epochs[asked.ID]; ok && asked.Epoch < past.epoch {
-		return nil, nil, false, staleEpoch(asked, past.epoch)
+		return nil, nil, nil, staleEpoch(asked, past.epoch)
 	}
 	switch {
-	case attachOnly:
-		return nil, nil, false, status.Errorf(codes.NotFound, "job %s neither runs here nor ended here a short time ago", clip(asked.ID))
+	case a.attachOnly:
+		return nil, nil, nil, status.Errorf(codes.NotFound, "job %s neither runs here nor ended here a short time ago", clip(asked.ID))
 	case h.draining:
 		h.refused.WithLabelValues("draining").Inc()
-		return nil, nil, false, fault.New(fault.Unavailable, "the runner is shutting down and takes no new jobs")
+		return nil, nil, nil, fault.New(fault.Unavailable, "the runner is shutting down and takes no new jobs")
 	case h.inFlight >= h.o.MaxConcurrency:
 		h.refused.WithLabelValues("full").Inc()
-		return nil, nil, false, status.Errorf(codes.ResourceExhausted, "the runner is full: all %d places are taken", h.o.MaxConcurrency)
+		return nil, nil, nil, status.Errorf(codes.ResourceExhausted, "the runner is full: all %d places are taken", h.o.MaxConcurrency)
 	}
 	if j, ok := h.jobs[asked.ID]; ok {
 		h.forget(j)
@@ -501,18 +358,16 @@ func (h *Handler) admit(ctx context.Context, asked *Job, lease time.Duration, at
 	h.inFlight++
 	h.gauge.Inc()
 	h.work.Add(1)
-	h.hold(j, lease)
-	sub := j.feed.subscribe()
-	go func() {
+	h.hold(j, a.lease, a.quiet)
+	return j, j.feed.subscribe(a.wake, a.quiet), func() {
 		defer span.End()
 		h.run(ctx, j)
-	}()
-	return j, sub, false, nil
+	}, nil
 }
 
 // attach joins a stream to a job of the same id. Neither a subscriber nor an error means
 // that the job is to run again.
-func (h *Handler) attach(j *job, asked *Job, lease time.Duration) (*subscriber, error) {
+func (h *Handler) attach(j *job, asked *Job, a admission) (*subscriber, error) {
 	if asked.Epoch < j.epoch {
 		return nil, staleEpoch(asked, j.epoch)
 	}
@@ -520,7 +375,7 @@ func (h *Handler) attach(j *job, asked *Job, lease time.Duration) (*subscriber, 
 		// A success is the job's result for good. A failure is the answer to its own
 		// attempt alone: another attempt wants the work done again.
 		if j.same(asked) && (j.ok || asked.Attempt == j.job.Attempt && asked.Epoch == j.epoch) {
-			return j.feed.subscribe(), nil
+			return j.feed.subscribe(a.wake, false), nil
 		}
 		return nil, nil
 	}
@@ -534,13 +389,21 @@ func (h *Handler) attach(j *job, asked *Job, lease time.Duration) (*subscriber, 
 		j.feed.refuse(status.Errorf(codes.Aborted, "epoch %d took the job over", asked.Epoch))
 		j.epoch = asked.Epoch
 	}
-	h.hold(j, lease)
-	return j.feed.subscribe(), nil
+	h.hold(j, a.lease, false)
+	return j.feed.subscribe(a.wake, false), nil
 }
 
-// hold begins a job's lease. Without one the job lives as long as a stream follows it.
-func (h *Handler) hold(j *job, lease time.Duration) {
+// hold begins a job's lease, quietly without its timer. Without one the job lives as long as a stream follows it.
+func (h *Handler) hold(j *job, lease time.Duration, quiet bool) {
 	j.lease, j.until = lease, time.Now().Add(lease)
+	if quiet {
+		return
+	}
+	h.time(j, lease)
+}
+
+// time sets the timer of a job's lease.
+func (h *Handler) time(j *job, lease time.Duration) {
 	switch {
 	case lease <= 0:
 		if j.lapse != nil {
@@ -557,6 +420,28 @@ func (h *Handler) hold(j *job, lease time.Duration) {
 	}
 }
 
+// release sets the timer of a lease that went without until now.
+func (h *Handler) release(j *job) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if j.running && j.lapse == nil && j.lease > 0 {
+		h.time(j, max(time.Until(j.until), 1))
+	}
+}
+
+// over is closed when the job has ended.
+func (h *Handler) over(j *job) <-chan struct{} {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if j.over == nil {
+		j.over = make(chan struct{})
+		if !j.running {
+			close(j.over)
+		}
+	}
+	return j.over
+}
+
 // renew begins the lease anew, and answers, if the stream may still speak for the job.
 func (h *Handler) renew(j *job, sub *subscriber) {
 	h.mu.Lock()
@@ -565,7 +450,7 @@ func (h *Handler) renew(j *job, sub *subscriber) {
 		return
 	}
 	if j.lease > 0 {
-		h.hold(j, j.lease)
+		h.hold(j, j.lease, false)
 	}
 	j.feed.renewed(sub)
 }
@@ -647,6 +532,9 @@ func (h *Handler) run(ctx context.Context, j *job) {
 		fin.Phases = append(fin.Phases, &runnerv1.Phase{Name: phase.Name, Duration: durationpb.New(phase.Took)})
 	}
 	j.feed.finish(fin)
+	if j.over != nil {
+		close(j.over)
+	}
 	j.keptSize = j.feed.size() + len(j.job.Input)
 	h.kept, h.keptBytes = append(h.kept, j), h.keptBytes+j.keptSize
 	if failure != nil && cause != nil && failure.Code != fault.Timeout {

@@ -39,9 +39,11 @@ type job struct {
 	running bool
 	// abandoned: nobody wants it any more, it is being ended.
 	abandoned bool
-	ok        bool // ended without an error
-	endedAt   time.Time
-	keptSize  int
+	// over is closed at the job's end; nil where nobody waits for it.
+	over     chan struct{}
+	ok       bool // ended without an error
+	endedAt  time.Time
+	keptSize int
 }
 
 // same tells whether the other is the same call: what an attached stream expects.

@@ -30,7 +30,10 @@ func held(t *testing.T) (*Handler, *job, *subscriber, func(epoch int64) (*subscr
 	t.Cleanup(h.Close)
 	admit := func(epoch int64) (*job, *subscriber, error) {
 		asked := &Job{ID: "j", Epoch: epoch, Attempt: 1, Timeout: time.Hour, Service: Service{Name: "s", ExecutionType: "test"}}
-		j, sub, _, err := h.admit(t.Context(), asked, time.Minute, false)
+		j, sub, run, err := h.admit(t.Context(), asked, admission{lease: time.Minute, wake: make(chan struct{}, 1)})
+		if run != nil {
+			go run()
+		}
 		return j, sub, err
 	}
 	j, sub, err := admit(1)

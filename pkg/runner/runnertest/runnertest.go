@@ -130,11 +130,13 @@ func Begin(t testing.TB, client runnerv1.RunnerServiceClient, job *runnerv1.Job)
 				}
 				return
 			}
-			select {
-			case c.events <- e:
-			case <-ctx.Done():
-				c.err = ctx.Err()
-				return
+			for _, e := range runner.Events(e) {
+				select {
+				case c.events <- e:
+				case <-ctx.Done():
+					c.err = ctx.Err()
+					return
+				}
 			}
 		}
 	}()

@@ -1253,7 +1253,10 @@ type Job struct {
 	// says so in started.
 	More bool `protobuf:"varint,18,opt,name=more,proto3" json:"more,omitempty"`
 	// Measure where the attempt's time goes, for finished.phases.
-	Profile       bool `protobuf:"varint,19,opt,name=profile,proto3" json:"profile,omitempty"`
+	Profile bool `protobuf:"varint,19,opt,name=profile,proto3" json:"profile,omitempty"`
+	// Events may come several in one message, as a batch, and those of the job's first 10 ms may be
+	// held back for that. Commands are read no later than that, too.
+	Batch         bool `protobuf:"varint,20,opt,name=batch,proto3" json:"batch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1421,6 +1424,13 @@ func (x *Job) GetProfile() bool {
 	return false
 }
 
+func (x *Job) GetBatch() bool {
+	if x != nil {
+		return x.Batch
+	}
+	return false
+}
+
 // Cancel ends a job.
 type Cancel struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1517,6 +1527,7 @@ type ExecuteResponse struct {
 	//	*ExecuteResponse_Usage
 	//	*ExecuteResponse_Finished
 	//	*ExecuteResponse_Renewed
+	//	*ExecuteResponse_Batch
 	Event         isExecuteResponse_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1604,6 +1615,15 @@ func (x *ExecuteResponse) GetRenewed() *Renewed {
 	return nil
 }
 
+func (x *ExecuteResponse) GetBatch() *Batch {
+	if x != nil {
+		if x, ok := x.Event.(*ExecuteResponse_Batch); ok {
+			return x.Batch
+		}
+	}
+	return nil
+}
+
 type isExecuteResponse_Event interface {
 	isExecuteResponse_Event()
 }
@@ -1633,6 +1653,11 @@ type ExecuteResponse_Renewed struct {
 	Renewed *Renewed `protobuf:"bytes,5,opt,name=renewed,proto3,oneof"`
 }
 
+type ExecuteResponse_Batch struct {
+	// Several events, where the job's batch allowed it.
+	Batch *Batch `protobuf:"bytes,6,opt,name=batch,proto3,oneof"`
+}
+
 func (*ExecuteResponse_Started) isExecuteResponse_Event() {}
 
 func (*ExecuteResponse_Log) isExecuteResponse_Event() {}
@@ -1643,6 +1668,54 @@ func (*ExecuteResponse_Finished) isExecuteResponse_Event() {}
 
 func (*ExecuteResponse_Renewed) isExecuteResponse_Event() {}
 
+func (*ExecuteResponse_Batch) isExecuteResponse_Event() {}
+
+// Batch is what happened to a job lately, in order. No event in it is a batch.
+type Batch struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What happened.
+	Events        []*ExecuteResponse `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Batch) Reset() {
+	*x = Batch{}
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Batch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Batch) ProtoMessage() {}
+
+func (x *Batch) ProtoReflect() protoreflect.Message {
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Batch.ProtoReflect.Descriptor instead.
+func (*Batch) Descriptor() ([]byte, []int) {
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Batch) GetEvents() []*ExecuteResponse {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
 // Started says that the job has begun.
 type Started struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1652,14 +1725,16 @@ type Started struct {
 	Attached bool `protobuf:"varint,2,opt,name=attached,proto3" json:"attached,omitempty"`
 	// The stream stays open after finished, and the runner waits for another start, as the job's more
 	// asked for. It may still end the stream then, with OK: a start that it did not answer has begun nothing.
-	More          bool `protobuf:"varint,3,opt,name=more,proto3" json:"more,omitempty"`
+	More bool `protobuf:"varint,3,opt,name=more,proto3" json:"more,omitempty"`
+	// How long this was held back for a batch.
+	Held          *durationpb.Duration `protobuf:"bytes,4,opt,name=held,proto3" json:"held,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Started) Reset() {
 	*x = Started{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[21]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1671,7 +1746,7 @@ func (x *Started) String() string {
 func (*Started) ProtoMessage() {}
 
 func (x *Started) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[21]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1684,7 +1759,7 @@ func (x *Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Started.ProtoReflect.Descriptor instead.
 func (*Started) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{21}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Started) GetTime() *timestamppb.Timestamp {
@@ -1708,6 +1783,13 @@ func (x *Started) GetMore() bool {
 	return false
 }
 
+func (x *Started) GetHeld() *durationpb.Duration {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
 // Renewed tells the orchestrator that the runner heard it. A runner that stops answering is lost,
 // however alive its connection looks.
 type Renewed struct {
@@ -1718,7 +1800,7 @@ type Renewed struct {
 
 func (x *Renewed) Reset() {
 	*x = Renewed{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[22]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1730,7 +1812,7 @@ func (x *Renewed) String() string {
 func (*Renewed) ProtoMessage() {}
 
 func (x *Renewed) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[22]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1743,7 +1825,7 @@ func (x *Renewed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Renewed.ProtoReflect.Descriptor instead.
 func (*Renewed) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{22}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{23}
 }
 
 // Log is a line that the job wrote, without its line end, secrets masked.
@@ -1763,7 +1845,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[23]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1775,7 +1857,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[23]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1788,7 +1870,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{23}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Log) GetLine() int64 {
@@ -1852,7 +1934,7 @@ type Finished struct {
 
 func (x *Finished) Reset() {
 	*x = Finished{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[24]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1864,7 +1946,7 @@ func (x *Finished) String() string {
 func (*Finished) ProtoMessage() {}
 
 func (x *Finished) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[24]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1877,7 +1959,7 @@ func (x *Finished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finished.ProtoReflect.Descriptor instead.
 func (*Finished) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{24}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Finished) GetOutput() []byte {
@@ -1963,7 +2045,7 @@ type Phase struct {
 
 func (x *Phase) Reset() {
 	*x = Phase{}
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[25]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1975,7 +2057,7 @@ func (x *Phase) String() string {
 func (*Phase) ProtoMessage() {}
 
 func (x *Phase) ProtoReflect() protoreflect.Message {
-	mi := &file_specql_runner_v1_runner_proto_msgTypes[25]
+	mi := &file_specql_runner_v1_runner_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1988,7 +2070,7 @@ func (x *Phase) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Phase.ProtoReflect.Descriptor instead.
 func (*Phase) Descriptor() ([]byte, []int) {
-	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{25}
+	return file_specql_runner_v1_runner_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Phase) GetName() string {
@@ -2090,7 +2172,7 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x05start\x18\x01 \x01(\v2\x15.specql.runner.v1.JobH\x00R\x05start\x122\n" +
 	"\x06cancel\x18\x02 \x01(\v2\x18.specql.runner.v1.CancelH\x00R\x06cancel\x12/\n" +
 	"\x05renew\x18\x03 \x01(\v2\x17.specql.runner.v1.RenewH\x00R\x05renewB\t\n" +
-	"\acommand\"\x91\x06\n" +
+	"\acommand\"\xa7\x06\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x15\n" +
 	"\x06run_id\x18\x02 \x01(\tR\x05runId\x12\x1b\n" +
@@ -2112,25 +2194,30 @@ const file_specql_runner_v1_runner_proto_rawDesc = "" +
 	"\x11reserved_cost_usd\x18\x10 \x01(\x01H\x00R\x0freservedCostUsd\x88\x01\x01\x12L\n" +
 	"\rtrace_context\x18\x11 \x03(\v2'.specql.runner.v1.Job.TraceContextEntryR\ftraceContext\x12\x12\n" +
 	"\x04more\x18\x12 \x01(\bR\x04more\x12\x18\n" +
-	"\aprofile\x18\x13 \x01(\bR\aprofile\x1a?\n" +
+	"\aprofile\x18\x13 \x01(\bR\aprofile\x12\x14\n" +
+	"\x05batch\x18\x14 \x01(\bR\x05batch\x1a?\n" +
 	"\x11TraceContextEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x14\n" +
 	"\x12_reserved_cost_usd\" \n" +
 	"\x06Cancel\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\"\a\n" +
-	"\x05Renew\"\xa6\x02\n" +
+	"\x05Renew\"\xd7\x02\n" +
 	"\x0fExecuteResponse\x125\n" +
 	"\astarted\x18\x01 \x01(\v2\x19.specql.runner.v1.StartedH\x00R\astarted\x12)\n" +
 	"\x03log\x18\x02 \x01(\v2\x15.specql.runner.v1.LogH\x00R\x03log\x127\n" +
 	"\x05usage\x18\x03 \x01(\v2\x1f.specql.runner.v1.ResourceUsageH\x00R\x05usage\x128\n" +
 	"\bfinished\x18\x04 \x01(\v2\x1a.specql.runner.v1.FinishedH\x00R\bfinished\x125\n" +
-	"\arenewed\x18\x05 \x01(\v2\x19.specql.runner.v1.RenewedH\x00R\arenewedB\a\n" +
-	"\x05event\"i\n" +
+	"\arenewed\x18\x05 \x01(\v2\x19.specql.runner.v1.RenewedH\x00R\arenewed\x12/\n" +
+	"\x05batch\x18\x06 \x01(\v2\x17.specql.runner.v1.BatchH\x00R\x05batchB\a\n" +
+	"\x05event\"B\n" +
+	"\x05Batch\x129\n" +
+	"\x06events\x18\x01 \x03(\v2!.specql.runner.v1.ExecuteResponseR\x06events\"\x98\x01\n" +
 	"\aStarted\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1a\n" +
 	"\battached\x18\x02 \x01(\bR\battached\x12\x12\n" +
-	"\x04more\x18\x03 \x01(\bR\x04more\"\t\n" +
+	"\x04more\x18\x03 \x01(\bR\x04more\x12-\n" +
+	"\x04held\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04held\"\t\n" +
 	"\aRenewed\"u\n" +
 	"\x03Log\x12\x12\n" +
 	"\x04line\x18\x01 \x01(\x03R\x04line\x12\x16\n" +
@@ -2173,7 +2260,7 @@ func file_specql_runner_v1_runner_proto_rawDescGZIP() []byte {
 	return file_specql_runner_v1_runner_proto_rawDescData
 }
 
-var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_specql_runner_v1_runner_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*DescribeRequest)(nil),       // 0: specql.runner.v1.DescribeRequest
 	(*DescribeResponse)(nil),      // 1: specql.runner.v1.DescribeResponse
@@ -2196,74 +2283,78 @@ var file_specql_runner_v1_runner_proto_goTypes = []any{
 	(*Cancel)(nil),                // 18: specql.runner.v1.Cancel
 	(*Renew)(nil),                 // 19: specql.runner.v1.Renew
 	(*ExecuteResponse)(nil),       // 20: specql.runner.v1.ExecuteResponse
-	(*Started)(nil),               // 21: specql.runner.v1.Started
-	(*Renewed)(nil),               // 22: specql.runner.v1.Renewed
-	(*Log)(nil),                   // 23: specql.runner.v1.Log
-	(*Finished)(nil),              // 24: specql.runner.v1.Finished
-	(*Phase)(nil),                 // 25: specql.runner.v1.Phase
-	nil,                           // 26: specql.runner.v1.Job.TraceContextEntry
-	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
-	(*PolicyCheck)(nil),           // 28: specql.runner.v1.PolicyCheck
-	(*ResourceUsage)(nil),         // 29: specql.runner.v1.ResourceUsage
-	(*Error)(nil),                 // 30: specql.runner.v1.Error
-	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
-	(*SecurityContext)(nil),       // 32: specql.runner.v1.SecurityContext
+	(*Batch)(nil),                 // 21: specql.runner.v1.Batch
+	(*Started)(nil),               // 22: specql.runner.v1.Started
+	(*Renewed)(nil),               // 23: specql.runner.v1.Renewed
+	(*Log)(nil),                   // 24: specql.runner.v1.Log
+	(*Finished)(nil),              // 25: specql.runner.v1.Finished
+	(*Phase)(nil),                 // 26: specql.runner.v1.Phase
+	nil,                           // 27: specql.runner.v1.Job.TraceContextEntry
+	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
+	(*PolicyCheck)(nil),           // 29: specql.runner.v1.PolicyCheck
+	(*ResourceUsage)(nil),         // 30: specql.runner.v1.ResourceUsage
+	(*Error)(nil),                 // 31: specql.runner.v1.Error
+	(*durationpb.Duration)(nil),   // 32: google.protobuf.Duration
+	(*SecurityContext)(nil),       // 33: specql.runner.v1.SecurityContext
 }
 var file_specql_runner_v1_runner_proto_depIdxs = []int32{
 	2,  // 0: specql.runner.v1.DescribeResponse.types:type_name -> specql.runner.v1.ExecutionType
 	3,  // 1: specql.runner.v1.DescribeResponse.isolation:type_name -> specql.runner.v1.IsolationFeature
-	27, // 2: specql.runner.v1.DescribeResponse.now:type_name -> google.protobuf.Timestamp
+	28, // 2: specql.runner.v1.DescribeResponse.now:type_name -> google.protobuf.Timestamp
 	4,  // 3: specql.runner.v1.ValidateRequest.service:type_name -> specql.runner.v1.Service
 	5,  // 4: specql.runner.v1.ValidateRequest.operations:type_name -> specql.runner.v1.Operation
 	8,  // 5: specql.runner.v1.ValidateResponse.problems:type_name -> specql.runner.v1.Problem
 	4,  // 6: specql.runner.v1.CheckRequest.service:type_name -> specql.runner.v1.Service
 	10, // 7: specql.runner.v1.CheckRequest.jobs:type_name -> specql.runner.v1.RecordedJob
 	5,  // 8: specql.runner.v1.RecordedJob.operation:type_name -> specql.runner.v1.Operation
-	28, // 9: specql.runner.v1.RecordedJob.checks:type_name -> specql.runner.v1.PolicyCheck
-	29, // 10: specql.runner.v1.RecordedJob.usage:type_name -> specql.runner.v1.ResourceUsage
+	29, // 9: specql.runner.v1.RecordedJob.checks:type_name -> specql.runner.v1.PolicyCheck
+	30, // 10: specql.runner.v1.RecordedJob.usage:type_name -> specql.runner.v1.ResourceUsage
 	12, // 11: specql.runner.v1.CheckResponse.jobs:type_name -> specql.runner.v1.CheckedJob
-	28, // 12: specql.runner.v1.CheckedJob.checks:type_name -> specql.runner.v1.PolicyCheck
-	30, // 13: specql.runner.v1.CheckedJob.error:type_name -> specql.runner.v1.Error
+	29, // 12: specql.runner.v1.CheckedJob.checks:type_name -> specql.runner.v1.PolicyCheck
+	31, // 13: specql.runner.v1.CheckedJob.error:type_name -> specql.runner.v1.Error
 	4,  // 14: specql.runner.v1.LimitsRequest.service:type_name -> specql.runner.v1.Service
 	5,  // 15: specql.runner.v1.LimitsRequest.operation:type_name -> specql.runner.v1.Operation
 	15, // 16: specql.runner.v1.LimitsResponse.limits:type_name -> specql.runner.v1.Limit
-	31, // 17: specql.runner.v1.Limit.window:type_name -> google.protobuf.Duration
+	32, // 17: specql.runner.v1.Limit.window:type_name -> google.protobuf.Duration
 	17, // 18: specql.runner.v1.ExecuteRequest.start:type_name -> specql.runner.v1.Job
 	18, // 19: specql.runner.v1.ExecuteRequest.cancel:type_name -> specql.runner.v1.Cancel
 	19, // 20: specql.runner.v1.ExecuteRequest.renew:type_name -> specql.runner.v1.Renew
 	4,  // 21: specql.runner.v1.Job.service:type_name -> specql.runner.v1.Service
 	5,  // 22: specql.runner.v1.Job.operation:type_name -> specql.runner.v1.Operation
-	31, // 23: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
-	31, // 24: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
-	26, // 25: specql.runner.v1.Job.trace_context:type_name -> specql.runner.v1.Job.TraceContextEntry
-	21, // 26: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
-	23, // 27: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
-	29, // 28: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
-	24, // 29: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
-	22, // 30: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
-	27, // 31: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
-	27, // 32: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
-	30, // 33: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
-	31, // 34: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
-	29, // 35: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
-	32, // 36: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
-	25, // 37: specql.runner.v1.Finished.phases:type_name -> specql.runner.v1.Phase
-	31, // 38: specql.runner.v1.Phase.duration:type_name -> google.protobuf.Duration
-	0,  // 39: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
-	6,  // 40: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
-	16, // 41: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
-	9,  // 42: specql.runner.v1.RunnerService.Check:input_type -> specql.runner.v1.CheckRequest
-	13, // 43: specql.runner.v1.RunnerService.Limits:input_type -> specql.runner.v1.LimitsRequest
-	1,  // 44: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
-	7,  // 45: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
-	20, // 46: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
-	11, // 47: specql.runner.v1.RunnerService.Check:output_type -> specql.runner.v1.CheckResponse
-	14, // 48: specql.runner.v1.RunnerService.Limits:output_type -> specql.runner.v1.LimitsResponse
-	44, // [44:49] is the sub-list for method output_type
-	39, // [39:44] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	32, // 23: specql.runner.v1.Job.timeout:type_name -> google.protobuf.Duration
+	32, // 24: specql.runner.v1.Job.lease:type_name -> google.protobuf.Duration
+	27, // 25: specql.runner.v1.Job.trace_context:type_name -> specql.runner.v1.Job.TraceContextEntry
+	22, // 26: specql.runner.v1.ExecuteResponse.started:type_name -> specql.runner.v1.Started
+	24, // 27: specql.runner.v1.ExecuteResponse.log:type_name -> specql.runner.v1.Log
+	30, // 28: specql.runner.v1.ExecuteResponse.usage:type_name -> specql.runner.v1.ResourceUsage
+	25, // 29: specql.runner.v1.ExecuteResponse.finished:type_name -> specql.runner.v1.Finished
+	23, // 30: specql.runner.v1.ExecuteResponse.renewed:type_name -> specql.runner.v1.Renewed
+	21, // 31: specql.runner.v1.ExecuteResponse.batch:type_name -> specql.runner.v1.Batch
+	20, // 32: specql.runner.v1.Batch.events:type_name -> specql.runner.v1.ExecuteResponse
+	28, // 33: specql.runner.v1.Started.time:type_name -> google.protobuf.Timestamp
+	32, // 34: specql.runner.v1.Started.held:type_name -> google.protobuf.Duration
+	28, // 35: specql.runner.v1.Log.time:type_name -> google.protobuf.Timestamp
+	31, // 36: specql.runner.v1.Finished.error:type_name -> specql.runner.v1.Error
+	32, // 37: specql.runner.v1.Finished.retry_after:type_name -> google.protobuf.Duration
+	30, // 38: specql.runner.v1.Finished.usage:type_name -> specql.runner.v1.ResourceUsage
+	33, // 39: specql.runner.v1.Finished.security:type_name -> specql.runner.v1.SecurityContext
+	26, // 40: specql.runner.v1.Finished.phases:type_name -> specql.runner.v1.Phase
+	32, // 41: specql.runner.v1.Phase.duration:type_name -> google.protobuf.Duration
+	0,  // 42: specql.runner.v1.RunnerService.Describe:input_type -> specql.runner.v1.DescribeRequest
+	6,  // 43: specql.runner.v1.RunnerService.Validate:input_type -> specql.runner.v1.ValidateRequest
+	16, // 44: specql.runner.v1.RunnerService.Execute:input_type -> specql.runner.v1.ExecuteRequest
+	9,  // 45: specql.runner.v1.RunnerService.Check:input_type -> specql.runner.v1.CheckRequest
+	13, // 46: specql.runner.v1.RunnerService.Limits:input_type -> specql.runner.v1.LimitsRequest
+	1,  // 47: specql.runner.v1.RunnerService.Describe:output_type -> specql.runner.v1.DescribeResponse
+	7,  // 48: specql.runner.v1.RunnerService.Validate:output_type -> specql.runner.v1.ValidateResponse
+	20, // 49: specql.runner.v1.RunnerService.Execute:output_type -> specql.runner.v1.ExecuteResponse
+	11, // 50: specql.runner.v1.RunnerService.Check:output_type -> specql.runner.v1.CheckResponse
+	14, // 51: specql.runner.v1.RunnerService.Limits:output_type -> specql.runner.v1.LimitsResponse
+	47, // [47:52] is the sub-list for method output_type
+	42, // [42:47] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_specql_runner_v1_runner_proto_init() }
@@ -2284,6 +2375,7 @@ func file_specql_runner_v1_runner_proto_init() {
 		(*ExecuteResponse_Usage)(nil),
 		(*ExecuteResponse_Finished)(nil),
 		(*ExecuteResponse_Renewed)(nil),
+		(*ExecuteResponse_Batch)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2291,7 +2383,7 @@ func file_specql_runner_v1_runner_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_specql_runner_v1_runner_proto_rawDesc), len(file_specql_runner_v1_runner_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

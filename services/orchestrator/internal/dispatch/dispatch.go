@@ -11,6 +11,7 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sort"
 	"sync"
 	"time"
@@ -25,6 +26,7 @@ import (
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/mesh"
+	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/telemetry"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
 )
@@ -239,8 +241,8 @@ func (d *Dispatcher) Execute(ctx context.Context, c *engine.Call, sink engine.Lo
 	if t == nil {
 		return &engine.Outcome{Err: d.noRunner(c.Job.ExecutionType), Unused: true}
 	}
-	a := &attempt{d: d, t: t, call: c, sink: sink}
 	began := time.Now()
+	a := &attempt{d: d, t: t, call: c, sink: sink, began: began}
 	_, a.queue = telemetry.Start(ctx, "queue")
 	out := a.carry(ctx, began)
 	a.queue.End() // where no runner began the job
@@ -312,6 +314,8 @@ type attempt struct {
 	t    *target
 	call *engine.Call
 	sink engine.LogSink
+	// began is when the job was given to the dispatcher.
+	began time.Time
 	// silentAt is when its runner must have reported its end.
 	silentAt time.Time
 	// startedAt is when a runner said first that it had begun the job.
@@ -402,15 +406,10 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 	t := s.begin()
 	again := false // another job may follow on the stream
 	defer func() { t.end(again) }()
-	notStarted := time.AfterFunc(wait, func() { t.stop(errNotStarted) })
-	defer notStarted.Stop()
-	// Until the job is sent there is nothing to be ended over there.
-	unsent := context.AfterFunc(ctx, func() {
-		if !attach || errors.Is(context.Cause(ctx), engine.ErrHandBack) {
-			t.stop(context.Cause(ctx))
-		}
-	})
-	defer unsent()
+	k := keep(a, t, wait)
+	defer k.end()
+	w := &watcher{ctx: ctx, t: t, attach: attach}
+	defer context.AfterFunc(ctx, w.ended)()
 	b := &broken{attempt: a, sctx: s.ctx, attach: attach, reused: reused}
 	if err := s.open(); err != nil {
 		return b.outcome(err)
@@ -418,7 +417,7 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 	start := job(a.call, a.d.o.Lease)
 	start.Profile = telemetry.PhasesOf(ctx) != nil
 	telemetry.Enter(ctx, "dispatch")
-	start.AttachOnly, start.More = attach, !alone
+	start.AttachOnly, start.More, start.Batch = attach, !alone, true
 	telemetry.Propagator().Inject(ctx, propagation.MapCarrier(start.GetTraceContext()))
 	if err := t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: start}}); err != nil {
 		if reused || !errors.Is(err, io.EOF) {
@@ -426,73 +425,111 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 		}
 	}
 	b.sent = true
-	unsent()
-	unwatch := context.AfterFunc(ctx, func() {
-		if errors.Is(context.Cause(ctx), engine.ErrHandBack) {
-			t.stop(engine.ErrHandBack)
-			return
-		}
-		if t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Cancel{Cancel: &runnerv1.Cancel{Reason: context.Cause(ctx).Error()}}}) != nil {
-			return // Recv says why
-		}
-		timer := time.NewTimer(cancelWait)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-			t.stop(errNoCancel)
-		case <-s.ctx.Done():
-		case <-t.over:
-		}
-	})
-	defer unwatch()
-	silent := time.AfterFunc(time.Until(a.silentAt), func() { t.stop(errSilent) })
-	defer silent.Stop()
-	k := keep(a.d.o, t, func() { t.stop(errUnheard) })
-	defer k.end()
-
-	more := false
+	w.sent()
+	k.sent()
 	for {
 		k.listen()
 		m, err := s.stream.Recv()
 		if err != nil {
 			return b.outcome(err)
 		}
-		k.heard(m.GetRenewed() != nil)
-		switch ev := m.GetEvent().(type) {
-		case *runnerv1.ExecuteResponse_Started:
-			b.started, more = true, ev.Started.GetMore()
-			if a.startedAt.IsZero() {
-				a.startedAt = time.Now()
-				a.queue.End()
+		events := runner.Events(m)
+		k.heard(slices.ContainsFunc(events, func(e *runnerv1.ExecuteResponse) bool { return e.GetRenewed() != nil }))
+		for _, e := range events {
+			switch ev := e.GetEvent().(type) {
+			case *runnerv1.ExecuteResponse_Started:
+				b.started, b.more = true, ev.Started.GetMore()
+				if a.startedAt.IsZero() {
+					a.startedAt = time.Now().Add(-min(max(ev.Started.GetHeld().AsDuration(), 0), time.Since(a.began)))
+					a.queue.End(trace.WithTimestamp(a.startedAt))
+				}
+				k.started()
+			case *runnerv1.ExecuteResponse_Log:
+				at := ev.Log.GetTime().AsTime()
+				if ev.Log.GetTime() == nil {
+					at = time.Now()
+				}
+				a.sink(ev.Log.GetLine(), ev.Log.GetStream(), ev.Log.GetText(), at)
+			case *runnerv1.ExecuteResponse_Finished:
+				again = b.more && !alone
+				within(ctx, ev.Finished)
+				if ev.Finished.GetHandedBack() && context.Cause(ctx) == nil {
+					return finished(ev.Finished), handedBack
+				}
+				return finished(ev.Finished), ended
 			}
-			notStarted.Stop()
-		case *runnerv1.ExecuteResponse_Log:
-			at := ev.Log.GetTime().AsTime()
-			if ev.Log.GetTime() == nil {
-				at = time.Now()
-			}
-			a.sink(ev.Log.GetLine(), ev.Log.GetStream(), ev.Log.GetText(), at)
-		case *runnerv1.ExecuteResponse_Usage, *runnerv1.ExecuteResponse_Renewed:
-		case *runnerv1.ExecuteResponse_Finished:
-			again = more && !alone
-			within(ctx, ev.Finished)
-			if ev.Finished.GetHandedBack() && context.Cause(ctx) == nil {
-				return finished(ev.Finished), handedBack
-			}
-			return finished(ev.Finished), ended
 		}
 	}
 }
 
-// keeper renews a job's lease until it is ended.
+// watcher ends a try whose job is cancelled, or whose run is handed back.
+type watcher struct {
+	ctx    context.Context
+	t      *turn
+	attach bool
+
+	mu                sync.Mutex
+	isSent, cancelled bool
+}
+
+// sent says that there is something to be ended over there.
+func (w *watcher) sent() {
+	w.mu.Lock()
+	w.isSent = true
+	late := w.cancelled
+	w.mu.Unlock()
+	if late {
+		go w.cancel()
+	}
+}
+
+// ended is called when ctx has ended.
+func (w *watcher) ended() {
+	if cause := context.Cause(w.ctx); errors.Is(cause, engine.ErrHandBack) {
+		w.t.stop(engine.ErrHandBack)
+		return
+	}
+	w.mu.Lock()
+	w.cancelled = true
+	sent := w.isSent
+	w.mu.Unlock()
+	switch {
+	case sent:
+		w.cancel()
+	case !w.attach: // one that is attached to is cancelled once it is found
+		w.t.stop(context.Cause(w.ctx))
+	}
+}
+
+// cancel has the runner end the job, which has so long for it.
+func (w *watcher) cancel() {
+	if w.t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Cancel{Cancel: &runnerv1.Cancel{Reason: context.Cause(w.ctx).Error()}}}) != nil {
+		return // Recv says why
+	}
+	timer := time.NewTimer(cancelWait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		w.t.stop(errNoCancel)
+	case <-w.t.s.ctx.Done():
+	case <-w.t.over:
+	}
+}
+
+// keeper renews a job's lease until it is ended, and breaks the stream of a runner that lets it wait. One timer does
+// for all, since most jobs have ended before anything is due.
 type keeper struct {
-	o    Options
-	t    *turn
-	lost func()
+	a *attempt
+	t *turn
 
 	mu    sync.Mutex
 	timer *time.Timer
 	over  bool
+	// startBy is when the runner must have said that the job has begun; zero once it has.
+	startBy time.Time
+	// renewAt is when the lease is renewed next; zero until the job is sent.
+	renewAt  time.Time
+	renewing bool // one is being sent
 	// listening is false while something else than the runner is waited for.
 	listening bool
 	// answers tells whether the runner answers renewals at all.
@@ -500,38 +537,83 @@ type keeper struct {
 	unanswered int
 }
 
-// keep begins to renew the lease of the job whose turn it is. lost is called when the runner does not
-// answer any more. It counts renewals and not time, so that the answers that wait for a
-// process which was stopped itself are read first.
-func keep(o Options, t *turn, lost func()) *keeper {
-	k := &keeper{o: o, t: t, lost: lost}
+// keep begins with the time that the runner has for its first word.
+func keep(a *attempt, t *turn, wait time.Duration) *keeper {
+	k := &keeper{a: a, t: t, startBy: time.Now().Add(wait)}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.timer = time.AfterFunc(o.Lease/renewals, k.renew)
+	k.timer = time.AfterFunc(min(wait, a.d.o.Lease/renewals), k.look)
 	return k
 }
 
-func (k *keeper) renew() {
+// sent begins to renew the lease.
+func (k *keeper) sent() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.over {
-		return
+	now := time.Now()
+	if k.renewAt = now.Add(k.a.d.o.Lease / renewals); !k.a.silentAt.After(k.renewAt) {
+		k.timer.Reset(max(k.a.silentAt.Sub(now), 0))
 	}
-	if k.answers && k.listening && k.unanswered >= mostUnanswered {
+}
+
+// started says that the job has begun.
+func (k *keeper) started() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.startBy = time.Time{}
+}
+
+// look does what is due. Lost is who does not answer any more: renewals are counted and not time, so that the answers
+// that wait for a process which was stopped itself are read first.
+func (k *keeper) look() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	now := time.Now()
+	due := func(at time.Time) bool { return !at.IsZero() && !at.After(now) }
+	sent := !k.renewAt.IsZero()
+	var cause error
+	switch {
+	case k.over:
+		return
+	case due(k.startBy):
+		cause = errNotStarted
+	case sent && due(k.a.silentAt):
+		cause = errSilent
+	case due(k.renewAt) && k.answers && k.listening && k.unanswered >= mostUnanswered:
+		cause = errUnheard
+	}
+	if cause != nil {
 		k.over = true
-		k.lost()
+		k.t.stop(cause)
 		return
 	}
-	if k.o.Renew() {
-		k.unanswered++
-		k.mu.Unlock() // sending may block
-		// One that cannot be sent ends nothing by itself: Recv says why, or the next one gets through.
-		_ = k.t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Renew{Renew: &runnerv1.Renew{}}})
-		k.mu.Lock()
+	if due(k.renewAt) {
+		if !k.renewing && k.a.d.o.Renew() {
+			k.unanswered++
+			k.renewing = true
+			go k.renew()
+		}
+		k.renewAt = now.Add(k.a.d.o.Lease / renewals)
 	}
-	if !k.over {
-		k.timer.Reset(k.o.Lease / renewals)
+	next := now.Add(k.a.d.o.Lease / renewals)
+	for _, at := range []time.Time{k.startBy, k.renewAt} {
+		if !at.IsZero() && at.Before(next) {
+			next = at
+		}
 	}
+	if sent && k.a.silentAt.Before(next) {
+		next = k.a.silentAt
+	}
+	k.timer.Reset(max(time.Until(next), 0))
+}
+
+// renew sends a renewal, which may block. One that cannot be sent ends nothing by itself: Recv says why, or the next one
+// gets through.
+func (k *keeper) renew() {
+	_ = k.t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Renew{Renew: &runnerv1.Renew{}}})
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.renewing = false
 }
 
 // listen says that the runner's next word is waited for.
@@ -594,6 +676,7 @@ type broken struct {
 	attach        bool
 	reused        bool
 	sent, started bool
+	more          bool
 }
 
 func (b *broken) outcome(err error) (*engine.Outcome, next) {
