@@ -219,7 +219,7 @@ func (c *call) fetchToken(ctx context.Context, config *clientcredentials.Config,
 		return nil, ferr
 	}
 	client := &http.Client{
-		Transport: pool,
+		Transport: pool.Transport,
 		// The client's secret goes to the token_url and nowhere else.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}

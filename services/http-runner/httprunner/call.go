@@ -47,7 +47,7 @@ type call struct {
 	token, refused string
 	secrets        []string
 	// pool is where connections come from; nil until the first.
-	pool *http.Transport
+	pool *connections
 
 	status        int   // of the last answer, 0 for none
 	requestBytes  int64 // of the last request's body
@@ -269,10 +269,10 @@ func setHeader(header http.Header, h param, in *input) *fault.Error {
 // exchange sends a request and waits for the head of the answer.
 func (c *call) exchange(ctx context.Context, m *message) (res *http.Response, reused bool, ferr *fault.Error) {
 	u := *m.url // the signer changes it
-	req := (&http.Request{
+	req := &http.Request{
 		Method: m.method, URL: &u, Host: m.url.Host, Header: m.header.Clone(),
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, ContentLength: int64(len(m.body)),
-	}).WithContext(ctx)
+	}
 	if len(m.body) > 0 {
 		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(m.body)), nil }
 		req.Body = io.NopCloser(bytes.NewReader(m.body))
@@ -292,7 +292,7 @@ func (c *call) exchange(ctx context.Context, m *message) (res *http.Response, re
 	c.requestBytes = int64(len(m.body))
 	start := time.Now()
 	c.sent = true
-	res, err := pool.RoundTrip(req.WithContext(c.meter.trace(ctx)))
+	res, err := pool.send(ctx, req, c.meter)
 	telemetry.Enter(ctx, phaseRunner)
 	c.noteConnections()
 	if err != nil {
@@ -319,7 +319,7 @@ func (c *call) exchange(ctx context.Context, m *message) (res *http.Response, re
 }
 
 // transport gives the pool of the call: that of the service's own CAs where it names them.
-func (c *call) transport() (*http.Transport, *fault.Error) {
+func (c *call) transport() (*connections, *fault.Error) {
 	if c.pool != nil {
 		return c.pool, nil
 	}

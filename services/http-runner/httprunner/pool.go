@@ -42,10 +42,10 @@ func (e *addressError) Error() string { return fmt.Sprintf("%s is a %s address",
 // literal is the key of a context in which an address is dialled that the URL itself names.
 type literal struct{}
 
-// newTransport makes a connection pool. All that is checked when connecting depends on
+// newConnections makes a connection pool. All that is checked when connecting depends on
 // allowPrivate and roots alone, so that the connections of a pool may be shared by all services
 // whose policies agree on them.
-func newTransport(allowPrivate bool, roots *x509.CertPool, o *Options) *http.Transport {
+func newConnections(allowPrivate bool, roots *x509.CertPool, o *Options) *connections {
 	dialer := &net.Dialer{
 		Timeout:   dialTimeout,
 		KeepAlive: keepAlivePeriod,
@@ -56,7 +56,7 @@ func newTransport(allowPrivate bool, roots *x509.CertPool, o *Options) *http.Tra
 			return checkAddress(address, allowPrivate, ctx.Value(literal{}) != nil)
 		},
 	}
-	return &http.Transport{
+	t := &http.Transport{
 		Proxy: nil, // a proxy of the environment would connect in our place, unchecked
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 			if _, err := netip.ParseAddrPort(address); err == nil {
@@ -76,6 +76,29 @@ func newTransport(allowPrivate bool, roots *x509.CertPool, o *Options) *http.Tra
 		IdleConnTimeout:        idleTimeout,
 		MaxResponseHeaderBytes: maxHeaderBytes,
 	}
+	return &connections{t, direct{dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+		return t.DialContext(ctx, network, address)
+	}}}
+}
+
+// connections are a pool: those of the transport, and those that need none.
+type connections struct {
+	*http.Transport
+
+	direct direct
+}
+
+// send makes one exchange.
+func (p *connections) send(ctx context.Context, req *http.Request, m *meter) (*http.Response, error) {
+	if p.direct.suits(req) {
+		return p.direct.roundTrip(ctx, req, m)
+	}
+	return p.RoundTrip(req.WithContext(m.trace(ctx)))
+}
+
+func (p *connections) closeIdle() {
+	p.CloseIdleConnections()
+	p.direct.closeIdle()
 }
 
 // checkAddress says whether an address may be connected to. named says that the URL names the
@@ -106,7 +129,7 @@ const maxPools = 64
 // pools are the connection pools of services that name the CAs that they trust.
 type pools struct {
 	mu      sync.Mutex
-	entries map[poolKey]*http.Transport
+	entries map[poolKey]*connections
 }
 
 type poolKey struct {
@@ -115,7 +138,7 @@ type poolKey struct {
 }
 
 // of gives the pool of the CAs in a PEM text, nil where the text holds no certificate.
-func (p *pools) of(allowPrivate bool, pem string, o *Options) *http.Transport {
+func (p *pools) of(allowPrivate bool, pem string, o *Options) *connections {
 	key := poolKey{allowPrivate, sha256.Sum256([]byte(pem))}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -127,16 +150,16 @@ func (p *pools) of(allowPrivate bool, pem string, o *Options) *http.Transport {
 		return nil
 	}
 	if p.entries == nil {
-		p.entries = map[poolKey]*http.Transport{}
+		p.entries = map[poolKey]*connections{}
 	}
 	if len(p.entries) >= maxPools {
 		for other, t := range p.entries {
-			t.CloseIdleConnections()
+			t.closeIdle()
 			delete(p.entries, other)
 			break
 		}
 	}
-	t := newTransport(allowPrivate, roots, o)
+	t := newConnections(allowPrivate, roots, o)
 	p.entries[key] = t
 	return t
 }
@@ -145,7 +168,7 @@ func (p *pools) closeIdle() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, t := range p.entries {
-		t.CloseIdleConnections()
+		t.closeIdle()
 	}
 }
 
@@ -222,9 +245,9 @@ func (m *meter) trace(ctx context.Context) context.Context {
 		},
 		WroteRequest: func(info httptrace.WroteRequestInfo) {
 			stages.enter(phaseFirstByte)
-			m.mu.Lock()
-			defer m.mu.Unlock()
-			m.wrote = m.wrote || info.Err == nil
+			if info.Err == nil {
+				m.wroteRequest()
+			}
 		},
 	}
 	if stages != nil {
@@ -237,6 +260,13 @@ func (m *meter) trace(ctx context.Context) context.Context {
 		t.GotFirstResponseByte = func() { stages.enter(phaseRunner) }
 	}
 	return httptrace.WithClientTrace(ctx, t)
+}
+
+// wroteRequest notes that a request was written.
+func (m *meter) wroteRequest() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.wrote = true
 }
 
 func (m *meter) connectedBy(conn net.Conn) {

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"time"
 
 	"github.com/specql/mesh/pkg/fault"
@@ -68,7 +67,7 @@ type Runner struct {
 	isolation []string
 	now       func() time.Time
 	// public and private are the pools for policies without and with allow_private_networks.
-	public, private *http.Transport
+	public, private *connections
 	// own are those of services that name the CAs that they trust.
 	own pools
 
@@ -101,8 +100,8 @@ func New(o Options) (*Runner, error) {
 	r := &Runner{
 		options: o,
 		now:     time.Now,
-		public:  newTransport(false, o.RootCAs, &o),
-		private: newTransport(true, o.RootCAs, &o),
+		public:  newConnections(false, o.RootCAs, &o),
+		private: newConnections(true, o.RootCAs, &o),
 		plans:   newCache[planKey, *plan](maxPlans),
 
 		windows:  newCache[windowKey, *window](maxStates),
@@ -135,8 +134,8 @@ func New(o Options) (*Runner, error) {
 
 // Close closes the idle connections. Calls that still run are not disturbed.
 func (r *Runner) Close() error {
-	r.public.CloseIdleConnections()
-	r.private.CloseIdleConnections()
+	r.public.closeIdle()
+	r.private.closeIdle()
 	r.own.closeIdle()
 	return nil
 }
@@ -192,7 +191,7 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 	return result, nil
 }
 
-func (r *Runner) transport(allowPrivate bool) *http.Transport {
+func (r *Runner) transport(allowPrivate bool) *connections {
 	if allowPrivate {
 		return r.private
 	}

@@ -1,0 +1,365 @@
+package httprunner
+
+import (
+	"bufio"
+	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// maxDirectBody is the largest body, in bytes, that is written before the answer is looked for. A target that answers a
+// larger one before it has read it would not be heard.
+const maxDirectBody = 16 << 10
+
+// maxInformational is how many answers 1xx may come before the answer.
+const maxInformational = 5
+
+// direct sends requests without TLS on connections that it keeps, on the goroutine of the call: net/http's Transport has
+// two goroutines for each connection, which wake one another and the call several times a request. It opens connections
+// as the Transport does, writes requests and reads answers with net/http, and repeats a request where the Transport would.
+type direct struct {
+	dial func(ctx context.Context, network, address string) (net.Conn, error)
+
+	mu sync.Mutex
+	// idle connections by address; the one that was used last is last.
+	idle  map[string][]*directConn
+	count int
+	sweep *time.Timer // runs while there are any
+}
+
+// directConn is a connection of [direct].
+type directConn struct {
+	net.Conn
+
+	address string
+	raw     syscall.RawConn
+	in      *bufio.Reader
+	out     *bufio.Writer
+	since   time.Time // idle since
+	// left is how much may still be read; sent and received are of the request that it carries.
+	left, sent, received int64
+}
+
+// suits says whether a request may go this way: one whose headers ask for nothing that only the Transport does.
+func (*direct) suits(req *http.Request) bool {
+	if req.URL.Scheme != "http" || req.ContentLength > maxDirectBody {
+		return false
+	}
+	for _, name := range [...]string{"Connection", "Expect", "Te", "Trailer", "Transfer-Encoding", "Upgrade"} {
+		if _, ok := req.Header[name]; ok {
+			return false
+		}
+	}
+	return true
+}
+
+// errInformational is net/http's, which has no type.
+var errInformational = errors.New("net/http: too many 1xx informational responses")
+
+// roundTrip sends a request and gives the answer with its body still to be read. The request's headers are its own.
+func (d *direct) roundTrip(ctx context.Context, req *http.Request, m *meter) (*http.Response, error) {
+	address := req.URL.Host
+	if req.URL.Port() == "" {
+		address = net.JoinHostPort(req.URL.Hostname(), "80")
+	}
+	unzip := false
+	if req.Method != http.MethodHead && len(req.Header["Accept-Encoding"]) == 0 && len(req.Header["Range"]) == 0 {
+		unzip = true
+		req.Header["Accept-Encoding"] = []string{"gzip"}
+	}
+	stages := stagesOf(ctx)
+	for {
+		if err := ctx.Err(); err != nil {
+			return nil, err // an open connection would be quicker than what watches the context
+		}
+		stages.connecting(phaseConnect)
+		c := d.take(address)
+		reused := c != nil
+		if !reused {
+			var err error
+			if c, err = d.open(ctx, address, m); err != nil {
+				return nil, err
+			}
+		}
+		stages.got()
+		m.connectedBy(c.Conn)
+		res, again, err := d.exchange(ctx, c, req, m, stages)
+		if err == nil {
+			if unzip && res.Body != http.NoBody && strings.EqualFold(res.Header.Get("Content-Encoding"), "gzip") {
+				res.Body = &unzipped{body: res.Body}
+				res.Header.Del("Content-Encoding")
+				res.Header.Del("Content-Length")
+				res.ContentLength, res.Uncompressed = -1, true
+			}
+			return res, nil
+		}
+		if !reused || !again {
+			return nil, err
+		}
+		if req.GetBody != nil {
+			if req.Body, err = req.GetBody(); err != nil {
+				return nil, err
+			}
+		}
+	}
+}
+
+// exchange sends a request on a connection. again says that on a connection that was idle, where the target may have
+// closed it at this moment, the request may be sent on another one.
+func (d *direct) exchange(ctx context.Context, c *directConn, req *http.Request, m *meter, stages *stages) (res *http.Response, again bool, err error) {
+	unwatch := context.AfterFunc(ctx, c.abort)
+	defer func() {
+		if err != nil {
+			unwatch()
+			_ = c.Close()
+		}
+	}()
+	c.sent, c.received, c.left = 0, 0, maxHeaderBytes
+	if err := req.Write(c.out); err != nil {
+		return nil, c.sent == 0, fmt.Errorf("write the request: %w", err)
+	}
+	if err := c.out.Flush(); err != nil {
+		return nil, c.sent == 0, fmt.Errorf("write the request: %w", err)
+	}
+	m.wroteRequest()
+	stages.enter(phaseFirstByte)
+	if _, err := c.in.Peek(1); err != nil {
+		return nil, c.received == 0 && repeatable(req.Method), fmt.Errorf("read the answer: %w", err)
+	}
+	stages.enter(phaseRunner)
+	for n := 0; ; n++ {
+		if res, err = http.ReadResponse(c.in, req); err != nil {
+			return nil, false, fmt.Errorf("read the answer: %w", err)
+		}
+		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
+			break
+		}
+		if n == maxInformational {
+			return nil, false, errInformational
+		}
+	}
+	c.left = math.MaxInt64
+	body := &directBody{ReadCloser: res.Body, d: d, c: c, unwatch: unwatch, keep: !res.Close && res.StatusCode >= 200}
+	if req.Method == http.MethodHead || res.ContentLength == 0 || res.StatusCode == http.StatusSwitchingProtocols {
+		body.end(true)
+		res.Body = http.NoBody
+		return res, false, nil
+	}
+	res.Body = body
+	return res, false, nil
+}
+
+// repeatable says whether a request of the method does nothing, so that it may be sent twice.
+func repeatable(method string) bool {
+	switch method {
+	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace:
+		return true
+	}
+	return false
+}
+
+// open makes a connection.
+func (d *direct) open(ctx context.Context, address string, m *meter) (*directConn, error) {
+	conn, err := d.dial(m.trace(ctx), "tcp", address)
+	if err != nil {
+		return nil, err // classified by the caller
+	}
+	c := &directConn{Conn: conn, address: address}
+	c.in, c.out = bufio.NewReader(c), bufio.NewWriter(c)
+	c.raw = rawOf(conn)
+	return c, nil
+}
+
+// rawOf is what lies below a connection; nil where that is not known, so that it is not kept.
+func rawOf(conn net.Conn) syscall.RawConn {
+	if counted, ok := conn.(*countedConn); ok {
+		conn = counted.Conn
+	}
+	s, ok := conn.(syscall.Conn)
+	if !ok {
+		return nil
+	}
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	return raw
+}
+
+func (c *directConn) Read(p []byte) (int, error) {
+	if c.left <= 0 {
+		return 0, fmt.Errorf("net/http: server response headers exceeded %d bytes; aborted", maxHeaderBytes)
+	}
+	if int64(len(p)) > c.left {
+		p = p[:c.left]
+	}
+	n, err := c.Conn.Read(p)
+	c.left -= int64(n)
+	c.received += int64(n)
+	return n, err // net/http compares these
+}
+
+func (c *directConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.sent += int64(n)
+	return n, err // net/http compares these
+}
+
+// abort ends whatever the connection does.
+func (c *directConn) abort() { _ = c.SetDeadline(time.Unix(1, 0)) }
+
+// directBody is the body of an answer.
+type directBody struct {
+	io.ReadCloser // its length is that of the answer
+
+	d       *direct
+	c       *directConn
+	unwatch func() bool
+	keep    bool
+	over    bool
+}
+
+func (b *directBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err != nil {
+		b.end(err == io.EOF) //nolint:errorlint // Read gives it as it is
+	}
+	return n, err // the end is no error to be wrapped
+}
+
+// Close closes the connection where the answer was not read to its end: what is left of it would be taken for the next one.
+func (b *directBody) Close() error {
+	b.end(false)
+	return nil
+}
+
+func (b *directBody) end(whole bool) {
+	if b.over {
+		return
+	}
+	b.over = true
+	if !b.unwatch() || !whole || !b.keep || b.c.raw == nil || b.c.in.Buffered() > 0 {
+		_ = b.c.Close()
+		return
+	}
+	b.d.put(b.c)
+}
+
+// unzipped is a body that is compressed on its way.
+type unzipped struct {
+	body io.ReadCloser
+	zip  *gzip.Reader
+}
+
+func (u *unzipped) Read(p []byte) (n int, err error) {
+	if u.zip == nil {
+		if u.zip, err = gzip.NewReader(u.body); err != nil {
+			u.zip = nil
+			return 0, err // classified by the caller
+		}
+	}
+	return u.zip.Read(p)
+}
+
+func (u *unzipped) Close() error { return u.body.Close() }
+
+// take gives an idle connection, nil where there is none.
+func (d *direct) take(address string) *directConn {
+	for {
+		d.mu.Lock()
+		list := d.idle[address]
+		if len(list) == 0 {
+			d.mu.Unlock()
+			return nil
+		}
+		c := list[len(list)-1]
+		list[len(list)-1] = nil
+		d.idle[address] = list[:len(list)-1]
+		d.count--
+		d.mu.Unlock()
+		if quiet(c.raw) {
+			return c
+		}
+		_ = c.Close() // the target closed it, or said something that nobody asked for
+	}
+}
+
+// put keeps a connection for the next request.
+func (d *direct) put(c *directConn) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c.since = time.Now()
+	if len(d.idle[c.address]) >= maxIdlePerHost {
+		_ = c.Close()
+		return
+	}
+	if d.count >= maxIdleConns {
+		for address := range d.idle {
+			d.drop(address, 1)
+			break
+		}
+	}
+	if d.idle == nil {
+		d.idle = map[string][]*directConn{}
+	}
+	d.idle[c.address] = append(d.idle[c.address], c)
+	d.count++
+	if d.sweep == nil {
+		d.sweep = time.AfterFunc(idleTimeout, d.expire)
+	}
+}
+
+// drop closes the first connections of an address.
+func (d *direct) drop(address string, n int) {
+	list := d.idle[address]
+	n = min(n, len(list))
+	for i, c := range list[:n] {
+		_ = c.Close()
+		list[i] = nil
+	}
+	d.count -= n
+	if d.idle[address] = list[n:]; len(list) == n {
+		delete(d.idle, address)
+	}
+}
+
+// expire closes the connections that nobody has used for long.
+func (d *direct) expire() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	next := time.Duration(0)
+	for address, list := range d.idle {
+		n := 0
+		for n < len(list) && time.Since(list[n].since) >= idleTimeout {
+			n++
+		}
+		if n < len(list) {
+			next = max(next, time.Since(list[n].since))
+		}
+		d.drop(address, n)
+	}
+	if d.sweep = nil; d.count > 0 {
+		d.sweep = time.AfterFunc(idleTimeout-next, d.expire)
+	}
+}
+
+func (d *direct) closeIdle() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for address, list := range d.idle {
+		d.drop(address, len(list))
+	}
+	if d.sweep != nil {
+		d.sweep.Stop()
+		d.sweep = nil
+	}
+}
