@@ -84,6 +84,8 @@ func NewServer(c *Credentials, o ServerOptions) *Server {
 		grpc.MaxRecvMsgSize(limit),
 		grpc.MaxSendMsgSize(answerLimit(limit)),
 		grpc.MaxConcurrentStreams(10_000),
+		grpc.StaticStreamWindowSize(streamWindow),
+		grpc.StaticConnWindowSize(connWindow),
 		grpc.ConnectionTimeout(10 * time.Second),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
