@@ -18,11 +18,13 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/specql/mesh/pkg/client"
+	"github.com/specql/mesh/pkg/memory"
 	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/test/pgtest"
 )
 
 func main() {
+	memory.AllowGarbage(garbage)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	err := run(ctx, os.Args[1:], os.Stderr)
 	stop()
@@ -31,6 +33,9 @@ func main() {
 		os.Exit(1)
 	}
 }
+
+// garbage is what an orchestrator lets gather, for which this process stands where it calls runners.
+const garbage = 64 << 20
 
 // ours is the name of the system that all this is about.
 const ours = "SpecQL Mesh"

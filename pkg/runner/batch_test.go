@@ -296,3 +296,24 @@ func TestBatchesAreBounded(t *testing.T) {
 	}
 	require.Equal(t, 1+runner.MaxLogBytes/runner.MaxLogLine+1, events)
 }
+
+// BenchmarkStream is jobs in a row on one stream, as an orchestrator sends them.
+func BenchmarkStream(b *testing.B) {
+	client := runnertest.Start(b, one(saying))
+	s, err := client.Execute(b.Context())
+	require.NoError(b, err)
+	b.ReportAllocs()
+	n := 0
+	for b.Loop() {
+		n++
+		j := moreBatches(fmt.Sprint(n))
+		j.Lease, j.Timeout = durationpb.New(time.Minute), durationpb.New(time.Minute)
+		require.NoError(b, s.Send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: j}}))
+		for over := false; !over; {
+			m, err := s.Recv()
+			require.NoError(b, err)
+			events := runner.Events(m)
+			over = events[len(events)-1].GetFinished() != nil
+		}
+	}
+}

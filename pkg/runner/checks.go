@@ -21,19 +21,24 @@ const maxChecks = 1000
 type Checks struct {
 	mu   sync.Mutex
 	list []*runnerv1.PolicyCheck
+	// few is room for the first ones: most jobs have no more.
+	few struct {
+		checks [4]runnerv1.PolicyCheck
+		list   [4]*runnerv1.PolicyCheck
+	}
 }
 
 // Allow notes that the policy's rule allows the subject: a resolved path, a host, an
 // address, an image.
 func (c *Checks) Allow(rule, subject string) {
-	c.add(&runnerv1.PolicyCheck{Rule: rule, Subject: subject, Allowed: true})
+	c.add(rule, subject, true, "", nil)
 }
 
 // Deny notes that the rule forbids the subject and returns the POLICY_VIOLATION. detail
 // says why, and the smallest change that would allow it; allowedBy are the same changes for
 // programs, all of which it takes: none where no policy could allow it.
 func (c *Checks) Deny(rule, subject, detail string, allowedBy ...*runnerv1.PolicyChange) *fault.Error {
-	c.add(&runnerv1.PolicyCheck{Rule: rule, Subject: subject, Detail: detail, AllowedBy: allowedBy})
+	c.add(rule, subject, false, detail, allowedBy)
 	return fault.New(fault.PolicyViolation, "%s forbids %s: %s", rule, subject, detail)
 }
 
@@ -78,12 +83,23 @@ func value(v any) *structpb.Value {
 	return out
 }
 
-func (c *Checks) add(check *runnerv1.PolicyCheck) {
+func (c *Checks) add(rule, subject string, allowed bool, detail string, allowedBy []*runnerv1.PolicyChange) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if n := len(c.list); n >= 2*maxChecks || check.GetAllowed() && n >= maxChecks {
+	n := len(c.list)
+	if n >= 2*maxChecks || allowed && n >= maxChecks {
 		return
 	}
+	var check *runnerv1.PolicyCheck
+	if n < len(c.few.checks) {
+		check = &c.few.checks[n]
+	} else {
+		check = &runnerv1.PolicyCheck{}
+	}
+	if n == 0 {
+		c.list = c.few.list[:0]
+	}
+	check.Rule, check.Subject, check.Allowed, check.Detail, check.AllowedBy = rule, subject, allowed, detail, allowedBy
 	c.list = append(c.list, check)
 }
 

@@ -28,7 +28,7 @@ type feed struct {
 // subscriber is one stream that follows a job.
 type subscriber struct {
 	// started is what the stream is told first.
-	started *runnerv1.Started
+	started *runnerv1.ExecuteResponse
 	next    int64
 	usageAt int64
 	wake    chan struct{} // holds a token when there is something new
@@ -54,7 +54,7 @@ func (f *feed) subscribe(wake chan struct{}, quiet bool) *subscriber {
 }
 
 // greet sets what the stream is told first.
-func (f *feed) greet(s *subscriber, started *runnerv1.Started) {
+func (f *feed) greet(s *subscriber, started *runnerv1.ExecuteResponse) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	s.started = started
@@ -112,11 +112,11 @@ func (f *feed) renewed(s *subscriber) {
 	s.notify()
 }
 
-func (f *feed) log(l *runnerv1.Log) {
+func (f *feed) log(l *runnerv1.ExecuteResponse) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.events = append(f.events, &runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Log{Log: l}})
-	f.bytes += len(l.GetText())
+	f.events = append(f.events, l)
+	f.bytes += len(l.GetLog().GetText())
 	f.notifyAll()
 }
 
@@ -128,10 +128,10 @@ func (f *feed) measured(u *runnerv1.ResourceUsage) {
 	f.notifyAll()
 }
 
-func (f *feed) finish(fin *runnerv1.Finished) {
+func (f *feed) finish(final *runnerv1.ExecuteResponse) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.final = &runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Finished{Finished: fin}}
+	f.final = final
 	f.notifyAll()
 }
 
@@ -149,9 +149,9 @@ func (f *feed) take(s *subscriber) (events []*runnerv1.ExecuteResponse, end bool
 	events = make([]*runnerv1.ExecuteResponse, 0, len(f.events)-from+4) // the one of each other kind
 	if s.started != nil {
 		if !s.since.IsZero() {
-			s.started.Held = durationpb.New(time.Since(s.since))
+			s.started.GetStarted().Held = durationpb.New(time.Since(s.since))
 		}
-		events = append(events, &runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Started{Started: s.started}})
+		events = append(events, s.started)
 		s.started = nil
 	}
 	if s.renewed {

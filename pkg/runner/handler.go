@@ -487,7 +487,7 @@ func (h *Handler) run(ctx context.Context, j *job) {
 	defer j.cancel(nil)
 	start := time.Now()
 	// The deadline is a context of its own, so that its cause is told from a cancellation.
-	limited, release := context.WithTimeoutCause(ctx, j.job.Timeout, fault.New(fault.Timeout, "%s", timeoutText(j.job.Timeout)))
+	limited, release := context.WithTimeoutCause(ctx, j.job.Timeout, timedOut(j.job.Timeout))
 	defer release()
 	// What the runner does not divide itself is the work.
 	telemetry.Enter(ctx, "remote")
@@ -496,7 +496,8 @@ func (h *Handler) run(ctx context.Context, j *job) {
 	cause := context.Cause(limited)
 	took := time.Since(start)
 	j.sink.close()
-	fin, failure := j.finished(res, err, cause, took, h.o.Identity)
+	final, failure := j.finished(res, err, cause, took, h.o.Identity)
+	fin := final.GetFinished()
 	fin.HandedBack = errors.Is(cause, errHandedBack) || errors.Is(cause, errLapsed)
 
 	outcome := "completed"
@@ -531,7 +532,7 @@ func (h *Handler) run(ctx context.Context, j *job) {
 	for _, phase := range j.phases.End() {
 		fin.Phases = append(fin.Phases, &runnerv1.Phase{Name: phase.Name, Duration: durationpb.New(phase.Took)})
 	}
-	j.feed.finish(fin)
+	j.feed.finish(final)
 	if j.over != nil {
 		close(j.over)
 	}

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
 
@@ -126,7 +125,7 @@ func object(raw []byte) (json.RawMessage, error) {
 
 // finished makes the answer of an attempt, bounded and masked. cause is why the context
 // ended, nil if it did not: it goes over what the runner says, which saw only the effect.
-func (j *job) finished(res *Result, err, cause error, took time.Duration, identity string) (*runnerv1.Finished, *fault.Error) {
+func (j *job) finished(res *Result, err, cause error, took time.Duration, identity string) (*runnerv1.ExecuteResponse, *fault.Error) {
 	if res == nil {
 		if err == nil {
 			err = fault.New(fault.Internal, "the runner gave no result")
@@ -134,18 +133,17 @@ func (j *job) finished(res *Result, err, cause error, took time.Duration, identi
 		res = &Result{}
 	}
 	failure := fault.From(cmp.Or(cause, err, res.Err))
-	fin := &runnerv1.Finished{
-		Unused: res.Unused || res.LimitsChanged, LimitsChanged: res.LimitsChanged, Closes: res.Closes && failure != nil && failure.RetryAfter > 0,
-		Usage: &runnerv1.ResourceUsage{}, Security: &runnerv1.SecurityContext{},
-	}
+	final, fin := finishedEvent()
+	fin.Unused, fin.LimitsChanged, fin.Closes = res.Unused || res.LimitsChanged, res.LimitsChanged, res.Closes && failure != nil && failure.RetryAfter > 0
+	fin.Usage, fin.Security = &runnerv1.ResourceUsage{}, &runnerv1.SecurityContext{}
 	if res.Usage != nil {
-		fin.Usage = proto.CloneOf(res.Usage)
+		fin.Usage = copyUsage(res.Usage)
 	}
 	if fin.GetUsage().DurationSeconds == nil {
 		fin.Usage.DurationSeconds = new(took.Seconds())
 	}
 	if res.Security != nil {
-		fin.Security = proto.CloneOf(res.Security)
+		fin.Security = copySecurity(res.Security)
 	}
 	for _, check := range fin.GetSecurity().GetChecks() {
 		check.Rule = j.sink.clean(check.GetRule(), maxDetailText)
@@ -166,7 +164,7 @@ func (j *job) finished(res *Result, err, cause error, took time.Duration, identi
 			fin.RetryAfter = durationpb.New(failure.RetryAfter)
 		}
 	}
-	return fin, failure
+	return final, failure
 }
 
 // cleanChange masks the texts of a change, as those of the check that it belongs to.
@@ -214,4 +212,22 @@ func timeoutText(d time.Duration) string {
 		text = strings.TrimSuffix(text, "0m")
 	}
 	return "the attempt took longer than its timeout of " + text
+}
+
+// timedOut is why an attempt ends that took longer than its timeout. Its error is made where it is needed: of few attempts.
+type timedOut time.Duration
+
+func (t timedOut) fault() *fault.Error {
+	return fault.New(fault.Timeout, "%s", timeoutText(time.Duration(t)))
+}
+
+func (t timedOut) Error() string { return t.fault().Error() }
+
+// As lets it be taken for the error that it stands for.
+func (t timedOut) As(target any) bool {
+	f, ok := target.(**fault.Error)
+	if ok {
+		*f = t.fault()
+	}
+	return ok
 }

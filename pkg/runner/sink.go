@@ -5,9 +5,6 @@ import (
 	"sync"
 	"unicode/utf8"
 
-	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/timestamppb"
-
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 )
 
@@ -84,7 +81,7 @@ func (s *sink) one(stream, line string) {
 func (s *sink) push(stream, text string) {
 	s.lines++
 	s.bytes += len(text)
-	s.feed.log(&runnerv1.Log{Line: s.line, Stream: stream, Text: text, Time: timestamppb.Now()})
+	s.feed.log(logEvent(s.line, stream, text))
 }
 
 // clean masks, makes valid UTF-8 without NUL, which databases refuse, and cuts.
@@ -115,7 +112,7 @@ func (s *sink) Usage(u *runnerv1.ResourceUsage) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.closed {
-		s.feed.measured(proto.CloneOf(u))
+		s.feed.measured(copyUsage(u))
 	}
 }
 

@@ -11,7 +11,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
@@ -160,7 +159,7 @@ func (t *talk) carry(start *runnerv1.Job) error {
 		return fault.ToStatus(err).Err()
 	}
 	defer t.h.leave(j, sub)
-	j.feed.greet(sub, &runnerv1.Started{Time: timestamppb.Now(), Attached: run == nil, More: start.GetMore()})
+	j.feed.greet(sub, startedEvent(run == nil, start.GetMore()))
 	sub.batch = start.GetBatch()
 	t.follow(j, sub)
 	defer t.follow(nil, nil)
@@ -231,7 +230,7 @@ func (t *talk) tell(j *job, sub *subscriber) error {
 		}
 		m := events[0]
 		if n > 1 {
-			m = &runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Batch{Batch: &runnerv1.Batch{Events: events[:n]}}}
+			m = batchOf(events[:n])
 		}
 		if err := t.stream.Send(m); err != nil {
 			return err

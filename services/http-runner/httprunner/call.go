@@ -102,10 +102,13 @@ func (c *call) run(ctx context.Context) (json.RawMessage, *fault.Error) {
 	}
 }
 
+// asClient is the kind of a request's span.
+var asClient = []trace.SpanStartOption{trace.WithSpanKind(trace.SpanKindClient)}
+
 // hop makes one request, in a span of its own, and gives the one that follows it, which is the
 // same one where the target wants another token, or the output.
 func (c *call) hop(ctx context.Context, m *message, renewed *bool) (next *message, output json.RawMessage, ferr *fault.Error) {
-	ctx, span := telemetry.Start(ctx, "remote", trace.WithSpanKind(trace.SpanKindClient))
+	ctx, span := telemetry.Start(ctx, "remote", asClient...)
 	if span.IsRecording() {
 		span.SetAttributes(attribute.String("http.request.method", m.method), attribute.String("server.address", m.target.host))
 		defer func() {
@@ -136,16 +139,27 @@ func (c *call) hop(ctx context.Context, m *message, renewed *bool) (next *messag
 	return nil, output, ferr
 }
 
+// Values of headers that each request has. They are not written to.
+var (
+	userAgentHeader = []string{userAgent}
+	acceptHeader    = []string{"application/json, */*"}
+)
+
 // compose makes the first request from the input.
 func (c *call) compose(in *input) (*message, *fault.Error) {
 	p := c.plan
-	m := &message{method: p.method, target: p.base.target, header: http.Header{"User-Agent": {userAgent}, "Accept": {"application/json, */*"}}}
-	path, err := p.path.fill(in, "path", pathEscaper(p.config.AuthType == authSigV4))
-	if err != nil {
-		return nil, err
-	}
-	if m.url, err = p.base.join(path); err != nil {
-		return nil, err
+	m := &message{method: p.method, target: p.base.target, header: http.Header{"User-Agent": userAgentHeader, "Accept": acceptHeader}}
+	if p.url != nil {
+		u := *p.url
+		m.url = &u
+	} else {
+		path, err := p.path.fill(in, "path", pathEscaper(p.config.AuthType == authSigV4))
+		if err != nil {
+			return nil, err
+		}
+		if m.url, err = p.base.join(path); err != nil {
+			return nil, err
+		}
 	}
 	query := fields{}
 	for _, q := range p.query {
@@ -314,7 +328,7 @@ func (c *call) exchange(ctx context.Context, m *message) (res *http.Response, re
 	if res.StatusCode >= 500 {
 		c.outcome = failing
 	}
-	c.sink.Log("runner", fmt.Sprintf("%s %s: %d in %d ms", m.method, withoutSecrets(m.url), res.StatusCode, time.Since(start).Milliseconds()))
+	c.sink.Log("runner", m.method+" "+withoutSecrets(m.url)+": "+strconv.Itoa(res.StatusCode)+" in "+strconv.FormatInt(time.Since(start).Milliseconds(), 10)+" ms")
 	return res, reused, nil
 }
 
@@ -341,6 +355,8 @@ func (c *call) transport() (*connections, *fault.Error) {
 	return c.pool, nil
 }
 
+var idempotencyHeader = strings.ToLower("Idempotency-Key")
+
 // setIdempotencyKey sets the header of the job's key, unless the configuration has one.
 //
 // It is written in lower case, which is the same header to every server, since net/http takes
@@ -353,7 +369,7 @@ func (c *call) setIdempotencyKey(req *http.Request) {
 			req.Header[strings.ToLower(name)] = values
 		}
 	}
-	name := strings.ToLower("Idempotency-Key")
+	name := idempotencyHeader
 	if _, ok := req.Header[name]; !ok && c.job.IdempotencyKey != "" && httpguts.ValidHeaderFieldValue(c.job.IdempotencyKey) {
 		req.Header[name] = []string{c.job.IdempotencyKey}
 	}
@@ -439,9 +455,13 @@ func (c *call) finish(ctx context.Context, m *message, res *http.Response) (json
 	if res.ContentLength > most && m.method != http.MethodHead {
 		return nil, c.tooLarge(m, fmt.Sprintf("%d bytes", res.ContentLength), res.ContentLength)
 	}
-	telemetry.Enter(ctx, phaseBody)
-	body, err := readAll(io.LimitReader(res.Body, most+1), res.ContentLength)
-	telemetry.Enter(ctx, phaseRunner)
+	var body []byte
+	var err error
+	if res.Body != http.NoBody {
+		telemetry.Enter(ctx, phaseBody)
+		body, err = readAll(io.LimitReader(res.Body, most+1), res.ContentLength)
+		telemetry.Enter(ctx, phaseRunner)
+	}
 	if err != nil {
 		ferr := c.classify(ctx, err, m.method, m.url)
 		if ferr.Code == fault.Unavailable || ferr.Code == fault.Timeout {
@@ -482,20 +502,29 @@ func (c *call) tooLarge(m *message, size string, length int64) *fault.Error {
 
 // usage gives what was measured.
 func (c *call) usage() *runnerv1.ResourceUsage {
-	u := &runnerv1.ResourceUsage{Source: "http"}
+	all := &struct { // in one piece, since each call has them
+		usage                              runnerv1.ResourceUsage
+		status                             int32
+		request, response, received, wrote float64
+	}{}
+	u := &all.usage
+	u.Source = "http"
 	if c.status != 0 {
-		u.StatusCode = new(int32(c.status)) //nolint:gosec // three digits
+		all.status = int32(c.status) //nolint:gosec // three digits
+		u.StatusCode = &all.status
 		if c.responseBytes >= 0 {
-			u.ResponseBytes = new(float64(c.responseBytes))
+			all.response = float64(c.responseBytes)
+			u.ResponseBytes = &all.response
 		}
 	}
 	measured, wrote := c.meter.snapshot()
 	if wrote {
-		u.RequestBytes = new(float64(c.requestBytes))
+		all.request = float64(c.requestBytes)
+		u.RequestBytes = &all.request
 	}
 	if measured {
-		u.NetworkRxMb = new(float64(c.meter.wire.received.Load()) / mib)
-		u.NetworkTxMb = new(float64(c.meter.wire.sent.Load()) / mib)
+		all.received, all.wrote = float64(c.meter.wire.received.Load())/mib, float64(c.meter.wire.sent.Load())/mib
+		u.NetworkRxMb, u.NetworkTxMb = &all.received, &all.wrote
 	}
 	return u
 }

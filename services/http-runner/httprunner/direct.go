@@ -42,9 +42,11 @@ type directConn struct {
 
 	address string
 	raw     syscall.RawConn
-	in      *bufio.Reader
-	out     *bufio.Writer
-	since   time.Time // idle since
+	// end aborts what is under way; made once, as it is needed for each request.
+	end   func()
+	in    *bufio.Reader
+	out   *bufio.Writer
+	since time.Time // idle since
 	// left is how much may still be read; sent and received are of the request that it carries.
 	left, sent, received int64
 }
@@ -65,6 +67,9 @@ func (*direct) suits(req *http.Request) bool {
 // errInformational is net/http's, which has no type.
 var errInformational = errors.New("net/http: too many 1xx informational responses")
 
+// acceptGzip is not written to.
+var acceptGzip = []string{"gzip"}
+
 // roundTrip sends a request and gives the answer with its body still to be read. The request's headers are its own.
 func (d *direct) roundTrip(ctx context.Context, req *http.Request, m *meter) (*http.Response, error) {
 	address := req.URL.Host
@@ -74,7 +79,7 @@ func (d *direct) roundTrip(ctx context.Context, req *http.Request, m *meter) (*h
 	unzip := false
 	if req.Method != http.MethodHead && len(req.Header["Accept-Encoding"]) == 0 && len(req.Header["Range"]) == 0 {
 		unzip = true
-		req.Header["Accept-Encoding"] = []string{"gzip"}
+		req.Header["Accept-Encoding"] = acceptGzip
 	}
 	stages := stagesOf(ctx)
 	for {
@@ -116,7 +121,7 @@ func (d *direct) roundTrip(ctx context.Context, req *http.Request, m *meter) (*h
 // exchange sends a request on a connection. again says that on a connection that was idle, where the target may have
 // closed it at this moment, the request may be sent on another one.
 func (d *direct) exchange(ctx context.Context, c *directConn, req *http.Request, m *meter, stages *stages) (res *http.Response, again bool, err error) {
-	unwatch := context.AfterFunc(ctx, c.abort)
+	unwatch := context.AfterFunc(ctx, c.end)
 	defer func() {
 		if err != nil {
 			unwatch()
@@ -175,7 +180,7 @@ func (d *direct) open(ctx context.Context, address string, m *meter) (*directCon
 	}
 	c := &directConn{Conn: conn, address: address}
 	c.in, c.out = bufio.NewReader(c), bufio.NewWriter(c)
-	c.raw = rawOf(conn)
+	c.raw, c.end = rawOf(conn), c.abort
 	return c, nil
 }
 

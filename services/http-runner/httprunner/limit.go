@@ -220,6 +220,9 @@ func (r *Runner) admit(ctx context.Context, job *runner.Job, p *plan, checks *ru
 
 // admitRate takes a slot of each limit, of both or of none.
 func (r *Runner) admitRate(ctx context.Context, job *runner.Job, p *plan, checks *runner.Checks) *fault.Error {
+	if p.policy.ratePerMinute <= 0 && p.policy.ceilingPerMinute <= 0 {
+		return nil
+	}
 	origin := p.base.target.origin()
 	var first *window
 	var taken time.Time

@@ -22,9 +22,11 @@ type plan struct {
 	auth    *AuthConfig // never nil
 	policy  *effective
 
-	base    base
-	method  string
-	path    template // without the query
+	base   base
+	method string
+	path   template // without the query
+	// url is that of every call; nil where the path has fields.
+	url     *url.URL
 	query   []param
 	headers []param
 	body    string
@@ -136,6 +138,11 @@ func (r *Runner) newPlan(s *runner.Service, o *runner.Operation, fromEnv string)
 		return nil, ferr
 	}
 	p.setPath(o.Name, op.Path)
+	if !p.path.hasFields() {
+		if path, ferr := p.path.fill(nil, "path", nil); ferr == nil {
+			p.url, _ = p.base.join(path) // where it cannot be joined, each call says so
+		}
+	}
 	p.setQuery(op.Query)
 	p.setHeaders(config.Headers, op.Headers)
 	return p, nil

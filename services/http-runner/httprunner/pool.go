@@ -66,7 +66,11 @@ func newConnections(allowPrivate bool, roots *x509.CertPool, o *Options) *connec
 			if err != nil {
 				return nil, err // classified by the caller
 			}
-			return &countedConn{Conn: c}, nil
+			counted := &countedConn{Conn: c}
+			if a := c.RemoteAddr(); a != nil {
+				counted.remote = a.String()
+			}
+			return counted, nil
 		},
 		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots},
 		TLSHandshakeTimeout:    dialTimeout,
@@ -182,6 +186,7 @@ type traffic struct {
 type countedConn struct {
 	net.Conn
 
+	remote string // its address
 	mu     sync.Mutex
 	owner  *traffic
 	before traffic // bytes before the first owner: the TLS handshake
@@ -273,6 +278,11 @@ func (m *meter) connectedBy(conn net.Conn) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.connected = true
+	if counted, ok := conn.(*countedConn); ok {
+		m.addresses = append(m.addresses, counted.remote)
+		counted.own(&m.wire)
+		return
+	}
 	if a := conn.RemoteAddr(); a != nil {
 		m.addresses = append(m.addresses, a.String())
 	}
@@ -302,11 +312,11 @@ type stages struct {
 }
 
 func stagesOf(ctx context.Context) *stages {
-	s := &stages{phases: telemetry.PhasesOf(ctx), span: trace.SpanFromContext(ctx)}
-	if s.phases == nil && !s.span.IsRecording() {
+	phases, span := telemetry.PhasesOf(ctx), trace.SpanFromContext(ctx)
+	if phases == nil && !span.IsRecording() {
 		return nil
 	}
-	return s
+	return &stages{phases: phases, span: span}
 }
 
 // connecting is a stage before there is a connection.

@@ -161,7 +161,13 @@ func (r *Runner) Execute(ctx context.Context, job *runner.Job, sink runner.Sink)
 	}
 	start := time.Now()
 	telemetry.Enter(ctx, phasePolicy)
-	c := &call{runner: r, job: job, sink: sink, checks: &runner.Checks{}, meter: &meter{}, responseBytes: -1}
+	all := &struct { // in one piece, since each call has them
+		call   call
+		checks runner.Checks
+		meter  meter
+	}{}
+	c := &all.call
+	*c = call{runner: r, job: job, sink: sink, checks: &all.checks, meter: &all.meter, responseBytes: -1}
 	result := &runner.Result{}
 	digest := ""
 	if p, err := r.planFor(&job.Service, &job.Operation); err != nil {

@@ -43,6 +43,10 @@ func parseTemplate(s string) template {
 	return t
 }
 
+func (t template) hasFields() bool {
+	return slices.ContainsFunc(t.parts, func(p part) bool { return p.field != "" })
+}
+
 // only is the field that the template is made of, "" if there is more to it.
 func (t template) only() string {
 	if len(t.parts) == 1 {
@@ -67,6 +71,10 @@ func readInput(raw json.RawMessage) (*input, *fault.Error) {
 	in := &input{raw: raw, used: map[string]bool{}}
 	if len(raw) == 0 {
 		in.raw = json.RawMessage(`{}`)
+	}
+	if string(in.raw) == "{}" {
+		in.fields = map[string]json.RawMessage{}
+		return in, nil
 	}
 	if err := json.Unmarshal(in.raw, &in.fields); err != nil || in.fields == nil {
 		return nil, fault.Wrap(err, fault.Validation, "the input is not a JSON object")
