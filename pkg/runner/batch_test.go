@@ -249,6 +249,47 @@ func TestTheLeaseOfAQuietJobLapses(t *testing.T) {
 	}
 }
 
+// A timeout counts from the start as well.
+func TestTheTimeoutOfAQuietJob(t *testing.T) {
+	t.Parallel()
+	type seen struct {
+		err, cause, derived error
+		left                time.Duration
+	}
+	ended := make(chan seen, 1)
+	client := runnertest.Start(t, one(func(ctx context.Context, _ *runner.Job, _ runner.Sink) (*runner.Result, error) {
+		s := seen{}
+		deadline, ok := ctx.Deadline()
+		if s.left = time.Until(deadline); !ok {
+			s.left = time.Hour
+		}
+		derived, cancel := context.WithCancel(ctx)
+		defer cancel()
+		<-derived.Done()
+		s.err, s.cause, s.derived = ctx.Err(), context.Cause(ctx), context.Cause(derived)
+		ended <- s
+		return &runner.Result{}, nil
+	}))
+	for _, timeout := range []time.Duration{time.Millisecond, 50 * time.Millisecond} {
+		for _, quiet := range []bool{true, false} {
+			j := job(fmt.Sprint(timeout, quiet))
+			j.Timeout, j.Batch = durationpb.New(timeout), quiet
+			out := runnertest.Begin(t, client, j).Wait()
+			require.Equal(t, string(fault.Timeout), out.Code())
+			require.Contains(t, out.Finished.GetError().GetMessage(), "its timeout of "+timeout.String())
+			s := <-ended
+			require.LessOrEqual(t, s.left, timeout)
+			require.ErrorIs(t, s.err, context.DeadlineExceeded)
+			require.Equal(t, fault.Timeout, fault.From(s.cause).Code)
+			require.Equal(t, fault.From(s.cause).Message, fault.From(s.derived).Message)
+		}
+	}
+	call := runnertest.Begin(t, client, batch("cancelled"))
+	call.Cancel("enough")
+	require.Equal(t, string(fault.Cancelled), call.Wait().Code())
+	require.ErrorIs(t, (<-ended).err, context.Canceled)
+}
+
 // A drain hands a quiet job back, and its stream ends in good order.
 func TestADrainHandsAQuietJobBack(t *testing.T) {
 	t.Parallel()

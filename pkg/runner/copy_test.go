@@ -1,6 +1,8 @@
 package runner
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -9,6 +11,34 @@ import (
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 )
+
+// A configuration is looked at once, and one that is no object every time.
+func TestConfigurationsAreRemembered(t *testing.T) {
+	t.Parallel()
+	var o objects
+	for range 2 {
+		for raw, want := range map[string]string{`{"a":1}`: `{"a":1}`, "": "{}", "null": "{}", ` {} `: "{}"} {
+			have, err := o.configured([]byte(raw))
+			require.NoError(t, err)
+			require.Equal(t, want, string(have))
+		}
+		for _, raw := range []string{"[]", "{", `{"a":1}x`, "1"} {
+			_, err := o.configured([]byte(raw))
+			require.Error(t, err, raw)
+		}
+	}
+	require.Len(t, o.seen, 1)
+	for i := range 3 * objectsRemembered {
+		_, err := o.configured(fmt.Appendf(nil, `{"a":%d}`, i))
+		require.NoError(t, err)
+		require.LessOrEqual(t, len(o.seen), objectsRemembered)
+	}
+	_, err := o.configured(fmt.Appendf(nil, `{"a":%q}`, strings.Repeat("x", mostRemembered)))
+	require.NoError(t, err)
+	for raw := range o.seen {
+		require.LessOrEqual(t, len(raw), mostRemembered)
+	}
+}
 
 // fill sets every field of a message, two entries in each list, and gives how many it has.
 func fill(m protoreflect.Message, depth int) {

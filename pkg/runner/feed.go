@@ -42,12 +42,12 @@ type subscriber struct {
 	ended   bool  // it has the job's end
 }
 
-func (f *feed) subscribe(wake chan struct{}, quiet bool) *subscriber {
+func (f *feed) subscribe(wake chan struct{}, quiet bool, now time.Time) *subscriber {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	s := &subscriber{next: f.first, wake: wake, quiet: quiet}
 	if quiet {
-		s.since = time.Now()
+		s.since = now
 	}
 	f.subs = append(f.subs, s)
 	return s

@@ -24,6 +24,7 @@ import (
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/linger"
 	"github.com/specql/mesh/pkg/telemetry"
 )
 
@@ -90,7 +91,8 @@ type Handler struct {
 	draining   bool
 	// closing is closed when draining begins.
 	closing chan struct{}
-	holds   holds
+	holds   *linger.Queue[hold]
+	objects objects
 }
 
 // pastEpoch is the epoch that a job had last.
@@ -126,6 +128,10 @@ func Register(s grpc.ServiceRegistrar, jr JobRunner, o Options) *Handler {
 		}, []string{"execution_type", "rule"})),
 		rules: telemetry.NewLabel(maxRuleLabels),
 	}
+	h.holds = linger.New(quietFor, func(d hold) {
+		h.release(d.j)
+		d.t.release(d.j)
+	})
 	for _, reason := range []string{"full", "draining"} {
 		h.refused.WithLabelValues(reason) // there from the start, at 0
 	}
@@ -221,7 +227,7 @@ func (h *Handler) Validate(ctx context.Context, req *runnerv1.ValidateRequest) (
 
 func (h *Handler) validate(ctx context.Context, req *runnerv1.ValidateRequest) (problems []Problem, err error) {
 	defer h.recovered(ctx, "Validate", &err)
-	s, err := newService(req.GetService())
+	s, err := h.newService(req.GetService())
 	if err != nil {
 		return nil, fault.New(fault.Validation, "service.%v", err)
 	}
@@ -263,7 +269,7 @@ func (h *Handler) Limits(ctx context.Context, req *runnerv1.LimitsRequest) (*run
 
 func (h *Handler) limits(ctx context.Context, limiter Limiter, req *runnerv1.LimitsRequest) (limits []Limit, err error) {
 	defer h.recovered(ctx, "Limits", &err)
-	s, err := newService(req.GetService())
+	s, err := h.newService(req.GetService())
 	if err != nil {
 		return nil, fault.New(fault.Validation, "service.%v", err)
 	}
@@ -358,10 +364,15 @@ func (h *Handler) admit(ctx context.Context, asked *Job, a admission) (_ *job, _
 	h.inFlight++
 	h.gauge.Inc()
 	h.work.Add(1)
-	h.hold(j, a.lease, a.quiet)
-	return j, j.feed.subscribe(a.wake, a.quiet), func() {
+	now := time.Now()
+	limited := &limited{ctx, now.Add(asked.Timeout)}
+	j.lease, j.until, j.deadline = a.lease, now.Add(a.lease), limited.deadline
+	if quiet := a.quiet && asked.Timeout > quietFor; !quiet {
+		h.watch(j)
+	}
+	return j, j.feed.subscribe(a.wake, a.quiet, now), func() {
 		defer span.End()
-		h.run(ctx, j)
+		h.run(limited, j, now)
 	}, nil
 }
 
@@ -375,7 +386,7 @@ func (h *Handler) attach(j *job, asked *Job, a admission) (*subscriber, error) {
 		// A success is the job's result for good. A failure is the answer to its own
 		// attempt alone: another attempt wants the work done again.
 		if j.same(asked) && (j.ok || asked.Attempt == j.job.Attempt && asked.Epoch == j.epoch) {
-			return j.feed.subscribe(a.wake, false), nil
+			return j.feed.subscribe(a.wake, false, time.Time{}), nil
 		}
 		return nil, nil
 	}
@@ -389,21 +400,13 @@ func (h *Handler) attach(j *job, asked *Job, a admission) (*subscriber, error) {
 		j.feed.refuse(status.Errorf(codes.Aborted, "epoch %d took the job over", asked.Epoch))
 		j.epoch = asked.Epoch
 	}
-	h.hold(j, a.lease, false)
-	return j.feed.subscribe(a.wake, false), nil
+	h.hold(j, a.lease)
+	return j.feed.subscribe(a.wake, false, time.Time{}), nil
 }
 
-// hold begins a job's lease, quietly without its timer. Without one the job lives as long as a stream follows it.
-func (h *Handler) hold(j *job, lease time.Duration, quiet bool) {
+// hold begins a job's lease. Without one the job lives as long as a stream follows it.
+func (h *Handler) hold(j *job, lease time.Duration) {
 	j.lease, j.until = lease, time.Now().Add(lease)
-	if quiet {
-		return
-	}
-	h.time(j, lease)
-}
-
-// time sets the timer of a job's lease.
-func (h *Handler) time(j *job, lease time.Duration) {
 	switch {
 	case lease <= 0:
 		if j.lapse != nil {
@@ -412,21 +415,33 @@ func (h *Handler) time(j *job, lease time.Duration) {
 	case j.lapse != nil:
 		j.lapse.Reset(lease)
 	default:
-		j.lapse = time.AfterFunc(lease, func() {
-			h.mu.Lock()
-			defer h.mu.Unlock()
-			h.lapsed(j)
-		})
+		j.lapse = time.AfterFunc(lease, func() { h.lapse(j) })
 	}
 }
 
-// release sets the timer of a lease that went without until now.
+// release watches a job that has lasted for a while.
 func (h *Handler) release(j *job) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if j.running && j.lapse == nil && j.lease > 0 {
-		h.time(j, max(time.Until(j.until), 1))
+	if j.running {
+		h.watch(j)
 	}
+}
+
+// watch sets the timers of a job's lease and timeout, those that it has not.
+func (h *Handler) watch(j *job) {
+	if j.limit == nil {
+		j.limit = time.AfterFunc(time.Until(j.deadline), func() { j.cancel(timedOut(j.job.Timeout)) })
+	}
+	if j.lapse == nil && j.lease > 0 {
+		j.lapse = time.AfterFunc(time.Until(j.until), func() { h.lapse(j) })
+	}
+}
+
+func (h *Handler) lapse(j *job) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.lapsed(j)
 }
 
 // over is closed when the job has ended.
@@ -450,7 +465,7 @@ func (h *Handler) renew(j *job, sub *subscriber) {
 		return
 	}
 	if j.lease > 0 {
-		h.hold(j, j.lease, false)
+		h.hold(j, j.lease)
 	}
 	j.feed.renewed(sub)
 }
@@ -482,18 +497,14 @@ func (h *Handler) leave(j *job, sub *subscriber) {
 }
 
 // run carries an attempt out.
-func (h *Handler) run(ctx context.Context, j *job) {
+func (h *Handler) run(ctx context.Context, j *job, start time.Time) {
 	defer h.work.Done()
 	defer j.cancel(nil)
-	start := time.Now()
-	// The deadline is a context of its own, so that its cause is told from a cancellation.
-	limited, release := context.WithTimeoutCause(ctx, j.job.Timeout, timedOut(j.job.Timeout))
-	defer release()
 	// What the runner does not divide itself is the work.
 	telemetry.Enter(ctx, "remote")
-	res, err := h.call(limited, j)
+	res, err := h.call(ctx, j)
 	telemetry.Enter(ctx, "runner")
-	cause := context.Cause(limited)
+	cause := context.Cause(ctx)
 	took := time.Since(start)
 	j.sink.close()
 	final, failure := j.finished(res, err, cause, took, h.o.Identity)
@@ -526,8 +537,10 @@ func (h *Handler) run(ctx context.Context, j *job) {
 	h.inFlight--
 	h.gauge.Dec()
 	j.running, j.ok, j.endedAt = false, failure == nil, time.Now()
-	if j.lapse != nil {
-		j.lapse.Stop()
+	for _, timer := range []*time.Timer{j.lapse, j.limit} {
+		if timer != nil {
+			timer.Stop()
+		}
 	}
 	for _, phase := range j.phases.End() {
 		fin.Phases = append(fin.Phases, &runnerv1.Phase{Name: phase.Name, Duration: durationpb.New(phase.Took)})

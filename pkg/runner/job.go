@@ -5,8 +5,10 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
@@ -31,11 +33,14 @@ type job struct {
 	phases *telemetry.Phases // nil where the caller does not ask
 
 	// The rest is guarded by Handler.mu.
-	epoch   int64
-	lease   time.Duration // 0 for a job that lives as long as a stream follows it
-	until   time.Time     // end of the lease
-	lapse   *time.Timer   // ends the job then
-	running bool
+	epoch int64
+	lease time.Duration // 0 for a job that lives as long as a stream follows it
+	until time.Time     // end of the lease
+	lapse *time.Timer   // ends the job then; nil until it is released
+	limit *time.Timer   // ends it at its deadline; nil as well
+	// deadline is the end of its timeout.
+	deadline time.Time
+	running  bool
 	// abandoned: nobody wants it any more, it is being ended.
 	abandoned bool
 	// over is closed at the job's end; nil where nobody waits for it.
@@ -53,7 +58,7 @@ func (j *job) same(other *Job) bool {
 }
 
 // newJob reads a job from the wire.
-func newJob(p *runnerv1.Job) (*Job, error) {
+func (h *Handler) newJob(p *runnerv1.Job) (*Job, error) {
 	bad := func(field, format string, args ...any) error {
 		err := fault.New(fault.Validation, "%s: %s", field, fmt.Sprintf(format, args...))
 		err.Violations = []fault.Violation{{Field: field, Description: fmt.Sprintf(format, args...)}}
@@ -77,11 +82,11 @@ func newJob(p *runnerv1.Job) (*Job, error) {
 			return nil, bad(d.field, "is not a duration")
 		}
 	}
-	service, err := newService(p.GetService())
+	service, err := h.newService(p.GetService())
 	if err != nil {
 		return nil, bad("start.service", "%v", err)
 	}
-	config, err := object(p.GetOperation().GetConfig())
+	config, err := h.objects.configured(p.GetOperation().GetConfig())
 	if err != nil {
 		return nil, bad("start.operation.config", "%v", err)
 	}
@@ -96,17 +101,49 @@ func newJob(p *runnerv1.Job) (*Job, error) {
 	}, nil
 }
 
-func newService(p *runnerv1.Service) (*Service, error) {
-	config, err := object(p.GetRunnerConfig())
+func (h *Handler) newService(p *runnerv1.Service) (*Service, error) {
+	config, err := h.objects.configured(p.GetRunnerConfig())
 	if err != nil {
 		return nil, fmt.Errorf("runner_config: %w", err)
 	}
-	policy, err := object(p.GetSecurityPolicy())
+	policy, err := h.objects.configured(p.GetSecurityPolicy())
 	if err != nil {
 		return nil, fmt.Errorf("security_policy: %w", err)
 	}
 	return &Service{Name: p.GetName(), ExecutionType: p.GetExecutionType(), Config: config, Policy: policy}, nil
 }
+
+// configured is [object] of a configuration, which comes with each call of a service.
+func (o *objects) configured(raw []byte) (json.RawMessage, error) {
+	o.mu.RLock()
+	_, known := o.seen[string(raw)]
+	o.mu.RUnlock()
+	if known {
+		return raw, nil
+	}
+	checked, err := object(raw)
+	if err == nil && len(checked) == len(raw) && len(raw) <= mostRemembered {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		if o.seen == nil || len(o.seen) >= objectsRemembered {
+			o.seen = map[string]struct{}{} // those that are in use come again
+		}
+		o.seen[string(raw)] = struct{}{}
+	}
+	return checked, err
+}
+
+// objects are configurations that were found to be objects.
+type objects struct {
+	mu   sync.RWMutex
+	seen map[string]struct{}
+}
+
+const (
+	objectsRemembered = 1000
+	// mostRemembered is the longest that is kept, in bytes.
+	mostRemembered = 4 << 10
+)
 
 // object checks that raw is a JSON object; empty and null count as {}.
 func object(raw []byte) (json.RawMessage, error) {
@@ -230,4 +267,22 @@ func (t timedOut) As(target any) bool {
 		*f = t.fault()
 	}
 	return ok
+}
+
+// limited is the context of an attempt that has a deadline, whose timer is not begun with it. As it is the job's own context
+// that ends, what is derived from this one says Canceled where this one says DeadlineExceeded; the cause is the same.
+type limited struct {
+	context.Context
+
+	deadline time.Time
+}
+
+func (l *limited) Deadline() (time.Time, bool) { return l.deadline, true }
+
+func (l *limited) Err() error {
+	err := l.Context.Err()
+	if err != nil && errors.As(context.Cause(l.Context), new(timedOut)) {
+		return context.DeadlineExceeded
+	}
+	return err
 }

@@ -114,7 +114,7 @@ func (h *Handler) Check(ctx context.Context, req *runnerv1.CheckRequest) (*runne
 	if !ok {
 		return nil, status.Error(codes.Unimplemented, "this runner cannot check jobs of the past")
 	}
-	service, err := newService(req.GetService())
+	service, err := h.newService(req.GetService())
 	if err != nil {
 		return nil, fault.ToStatus(fault.New(fault.Validation, "service.%v", err)).Err()
 	}

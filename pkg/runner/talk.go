@@ -175,7 +175,7 @@ func (t *talk) carry(start *runnerv1.Job) error {
 			return status.FromContextError(t.stream.Context().Err()).Err()
 		}
 	case sub.quiet:
-		t.h.holds.add(t, j)
+		t.h.holds.Add(sub.since, hold{t, j})
 		run()
 	default:
 		_ = t.tell(j, sub) // where it fails, the end cannot be told either
@@ -193,7 +193,7 @@ func (t *talk) admit(start *runnerv1.Job) (j *job, sub *subscriber, run func(), 
 	if start.GetProfile() {
 		phases = telemetry.NewPhases("runner")
 	}
-	asked, err := newJob(start)
+	asked, err := t.h.newJob(start)
 	if err != nil {
 		return nil, nil, nil, err
 	}
@@ -405,44 +405,8 @@ func (t *talk) takeOver(start *runnerv1.Job) {
 	t.work(start, nil)
 }
 
-// holds are the jobs that were not released yet.
-type holds struct {
-	mu   sync.Mutex
-	list []hold // the oldest first
-}
-
+// hold is a job that was not released yet.
 type hold struct {
-	t     *talk
-	j     *job
-	since time.Time
-}
-
-func (s *holds) add(t *talk, j *job) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.list = append(s.list, hold{t, j, time.Now()})
-	if len(s.list) == 1 { // one timer for all: most jobs have ended before it
-		time.AfterFunc(quietFor, s.sweep)
-	}
-}
-
-// sweep releases what has waited long enough.
-func (s *holds) sweep() {
-	s.mu.Lock()
-	n := 0
-	for n < len(s.list) && time.Since(s.list[n].since) >= quietFor {
-		n++
-	}
-	due := append([]hold(nil), s.list[:n]...)
-	clear(s.list[:n])
-	if s.list = s.list[n:]; len(s.list) == 0 {
-		s.list = nil
-	} else {
-		time.AfterFunc(time.Until(s.list[0].since.Add(quietFor)), s.sweep)
-	}
-	s.mu.Unlock()
-	for _, d := range due {
-		d.t.h.release(d.j)
-		d.t.release(d.j)
-	}
+	t *talk
+	j *job
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
-	"maps"
 	"mime"
 	"net/http"
 	"slices"
@@ -62,7 +61,12 @@ func (o plainOutput) encode() (json.RawMessage, *fault.Error) {
 	b = append(b, `,"status_code":`...)
 	b = strconv.AppendInt(b, int64(o.StatusCode), 10)
 	b = append(b, `,"headers":{`...)
-	for i, name := range slices.Sorted(maps.Keys(o.Headers)) {
+	names := make([]string, 0, len(o.Headers))
+	for name := range o.Headers {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for i, name := range names {
 		if i > 0 {
 			b = append(b, ',')
 		}

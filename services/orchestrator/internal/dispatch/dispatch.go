@@ -25,6 +25,7 @@ import (
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
+	"github.com/specql/mesh/pkg/linger"
 	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/pkg/runner"
 	"github.com/specql/mesh/pkg/telemetry"
@@ -54,6 +55,8 @@ const (
 	fullWait = time.Hour
 	// grace is how much longer than the job's timeout a runner may take to report it.
 	grace = 15 * time.Second
+	// quickly is within what most jobs end. What they take longer is watched by timers of their own.
+	quickly = 100 * time.Millisecond
 	// cancelWait is how long a runner may take to end a job.
 	cancelWait = 30 * time.Second
 	// describeWait is how long a runner may take to describe itself to a call.
@@ -83,6 +86,7 @@ type Options struct {
 type Dispatcher struct {
 	o       Options
 	runners map[string]*target
+	slow    *linger.Queue[*keeper]
 }
 
 // target is the service behind one execution type.
@@ -111,7 +115,7 @@ func New(o Options) (*Dispatcher, error) {
 	if o.Renew == nil {
 		o.Renew = func() bool { return true }
 	}
-	d := &Dispatcher{o: o, runners: map[string]*target{}}
+	d := &Dispatcher{o: o, runners: map[string]*target{}, slow: linger.New(quickly, (*keeper).look)}
 	for executionType, address := range o.Runners {
 		conn, err := mesh.Dial(address, o.Credentials, mesh.DialOptions{ServerRole: builtIn[executionType], TracerProvider: o.TracerProvider})
 		if err != nil {
@@ -517,13 +521,13 @@ func (w *watcher) cancel() {
 }
 
 // keeper renews a job's lease until it is ended, and breaks the stream of a runner that lets it wait. One timer does
-// for all, since most jobs have ended before anything is due.
+// for all, and a job that is quick has none: most have ended before anything is due.
 type keeper struct {
 	a *attempt
 	t *turn
 
 	mu    sync.Mutex
-	timer *time.Timer
+	timer *time.Timer // nil for none yet
 	over  bool
 	// startBy is when the runner must have said that the job has begun; zero once it has.
 	startBy time.Time
@@ -539,10 +543,15 @@ type keeper struct {
 
 // keep begins with the time that the runner has for its first word.
 func keep(a *attempt, t *turn, wait time.Duration) *keeper {
-	k := &keeper{a: a, t: t, startBy: time.Now().Add(wait)}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.timer = time.AfterFunc(min(wait, a.d.o.Lease/renewals), k.look)
+	now := time.Now()
+	k := &keeper{a: a, t: t, startBy: now.Add(wait)}
+	if soonest := min(wait, a.d.o.Lease/renewals); soonest > quickly {
+		a.d.slow.Add(now, k)
+	} else {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.timer = time.AfterFunc(soonest, k.look)
+	}
 	return k
 }
 
@@ -552,7 +561,7 @@ func (k *keeper) sent() {
 	defer k.mu.Unlock()
 	now := time.Now()
 	if k.renewAt = now.Add(k.a.d.o.Lease / renewals); !k.a.silentAt.After(k.renewAt) {
-		k.timer.Reset(max(k.a.silentAt.Sub(now), 0))
+		k.wait(k.a.silentAt.Sub(now))
 	}
 }
 
@@ -604,7 +613,16 @@ func (k *keeper) look() {
 	if sent && k.a.silentAt.Before(next) {
 		next = k.a.silentAt
 	}
-	k.timer.Reset(max(time.Until(next), 0))
+	k.wait(time.Until(next))
+}
+
+// wait looks again after a time.
+func (k *keeper) wait(d time.Duration) {
+	if k.timer == nil {
+		k.timer = time.AfterFunc(d, k.look)
+		return
+	}
+	k.timer.Reset(max(d, 0))
 }
 
 // renew sends a renewal, which may block. One that cannot be sent ends nothing by itself: Recv says why, or the next one
@@ -635,7 +653,9 @@ func (k *keeper) end() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.over = true
-	k.timer.Stop()
+	if k.timer != nil {
+		k.timer.Stop()
+	}
 }
 
 // within gives the runner's part of the time that was waited for it to the phases that it measured.
