@@ -178,7 +178,7 @@ func (c *call) compose(in *input) (*message, *fault.Error) {
 			return nil, err
 		}
 	}
-	if p.restToQuery {
+	if p.restToQuery && len(in.fields) > 0 {
 		rest, err := formFields(in.rest(), true, p.policy.maxRequest)
 		if err != nil {
 			return nil, err

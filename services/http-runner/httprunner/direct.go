@@ -14,11 +14,16 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/specql/mesh/pkg/linger"
 )
 
 // maxDirectBody is the largest body, in bytes, that is written before the answer is looked for. A target that answers a
 // larger one before it has read it would not be heard.
 const maxDirectBody = 16 << 10
+
+// unwatched is how long an exchange may take before somebody sees to it that it ends with its call.
+const unwatched = 10 * time.Millisecond
 
 // maxInformational is how many answers 1xx may come before the answer.
 const maxInformational = 5
@@ -28,6 +33,7 @@ const maxInformational = 5
 // as the Transport does, writes requests and reads answers with net/http, and repeats a request where the Transport would.
 type direct struct {
 	dial func(ctx context.Context, network, address string) (net.Conn, error)
+	slow *linger.Queue[*directBody]
 
 	mu sync.Mutex
 	// idle connections by address; the one that was used last is last.
@@ -42,11 +48,9 @@ type directConn struct {
 
 	address string
 	raw     syscall.RawConn
-	// end aborts what is under way; made once, as it is needed for each request.
-	end   func()
-	in    *bufio.Reader
-	out   *bufio.Writer
-	since time.Time // idle since
+	in      *bufio.Reader
+	out     *bufio.Writer
+	since   time.Time // idle since
 	// left is how much may still be read; sent and received are of the request that it carries.
 	left, sent, received int64
 }
@@ -121,11 +125,11 @@ func (d *direct) roundTrip(ctx context.Context, req *http.Request, m *meter) (*h
 // exchange sends a request on a connection. again says that on a connection that was idle, where the target may have
 // closed it at this moment, the request may be sent on another one.
 func (d *direct) exchange(ctx context.Context, c *directConn, req *http.Request, m *meter, stages *stages) (res *http.Response, again bool, err error) {
-	unwatch := context.AfterFunc(ctx, c.end)
+	body := &directBody{d: d, c: c, ctx: ctx}
+	d.slow.Add(time.Now(), body)
 	defer func() {
 		if err != nil {
-			unwatch()
-			_ = c.Close()
+			body.end(false)
 		}
 	}()
 	c.sent, c.received, c.left = 0, 0, maxHeaderBytes
@@ -153,7 +157,7 @@ func (d *direct) exchange(ctx context.Context, c *directConn, req *http.Request,
 		}
 	}
 	c.left = math.MaxInt64
-	body := &directBody{ReadCloser: res.Body, d: d, c: c, unwatch: unwatch, keep: !res.Close && res.StatusCode >= 200}
+	body.ReadCloser, body.keep = res.Body, !res.Close && res.StatusCode >= 200
 	if req.Method == http.MethodHead || res.ContentLength == 0 || res.StatusCode == http.StatusSwitchingProtocols {
 		body.end(true)
 		res.Body = http.NoBody
@@ -180,7 +184,7 @@ func (d *direct) open(ctx context.Context, address string, m *meter) (*directCon
 	}
 	c := &directConn{Conn: conn, address: address}
 	c.in, c.out = bufio.NewReader(c), bufio.NewWriter(c)
-	c.raw, c.end = rawOf(conn), c.abort
+	c.raw = rawOf(conn)
 	return c, nil
 }
 
@@ -222,15 +226,39 @@ func (c *directConn) Write(p []byte) (int, error) {
 // abort ends whatever the connection does.
 func (c *directConn) abort() { _ = c.SetDeadline(time.Unix(1, 0)) }
 
-// directBody is the body of an answer.
+// directBody is an exchange, and the body of its answer.
 type directBody struct {
 	io.ReadCloser // its length is that of the answer
 
-	d       *direct
-	c       *directConn
+	d    *direct
+	c    *directConn
+	ctx  context.Context //nolint:containedctx // of this one exchange
+	keep bool
+
+	mu   sync.Mutex
+	over bool
+	// unwatch ends what ends the exchange with its context; nil where it was over before that was needed.
 	unwatch func() bool
-	keep    bool
-	over    bool
+}
+
+// watch ends the exchange with its context. Most are over before.
+func (b *directBody) watch() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.over {
+		b.unwatch = context.AfterFunc(b.ctx, b.c.abort)
+	}
+}
+
+// finish says that the exchange is over, and whether its context left it alone. It is called once.
+func (b *directBody) finish() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.over = true
+	if b.unwatch == nil {
+		return b.ctx.Err() == nil
+	}
+	return b.unwatch()
 }
 
 func (b *directBody) Read(p []byte) (int, error) {
@@ -248,15 +276,16 @@ func (b *directBody) Close() error {
 }
 
 func (b *directBody) end(whole bool) {
-	if b.over {
+	if b.c == nil {
 		return
 	}
-	b.over = true
-	if !b.unwatch() || !whole || !b.keep || b.c.raw == nil || b.c.in.Buffered() > 0 {
-		_ = b.c.Close()
+	c, alone := b.c, b.finish()
+	b.c = nil // watch sees that it is over
+	if !alone || !whole || !b.keep || c.raw == nil || c.in.Buffered() > 0 {
+		_ = c.Close()
 		return
 	}
-	b.d.put(b.c)
+	b.d.put(c)
 }
 
 // unzipped is a body that is compressed on its way.

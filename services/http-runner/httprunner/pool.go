@@ -17,6 +17,7 @@ import (
 
 	"go.opentelemetry.io/otel/trace"
 
+	"github.com/specql/mesh/pkg/linger"
 	"github.com/specql/mesh/pkg/telemetry"
 )
 
@@ -80,9 +81,12 @@ func newConnections(allowPrivate bool, roots *x509.CertPool, o *Options) *connec
 		IdleConnTimeout:        idleTimeout,
 		MaxResponseHeaderBytes: maxHeaderBytes,
 	}
-	return &connections{t, direct{dial: func(ctx context.Context, network, address string) (net.Conn, error) {
-		return t.DialContext(ctx, network, address)
-	}}}
+	return &connections{t, direct{
+		dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+			return t.DialContext(ctx, network, address)
+		},
+		slow: linger.New(unwatched, (*directBody).watch),
+	}}
 }
 
 // connections are a pool: those of the transport, and those that need none.
