@@ -194,7 +194,7 @@ bench-sandbox: ## What the shell runner's sandbox adds to the start of a program
 
 .PHONY: bench-steps
 bench-steps: ## What a runner adds to what it runs, one step after the other, in turn with the same without it; docker takes an engine
-	GOWORK=off go -C bench run . -root .. -steps docker,shell,http
+	GOWORK=off go -C bench run . -root .. -steps docker,shell,http,noop
 
 .PHONY: bench-store
 bench-store: ## The PostgreSQL store: an old table's upgrade, what a run costs beside a million jobs, transactions a step

@@ -129,8 +129,9 @@ func Register(s grpc.ServiceRegistrar, jr JobRunner, o Options) *Handler {
 		rules: telemetry.NewLabel(maxRuleLabels),
 	}
 	h.holds = linger.New(quietFor, func(d hold) {
-		h.release(d.j)
-		d.t.release(d.j)
+		if d.t.release(d.j) {
+			h.release(d.j)
+		}
 	})
 	for _, reason := range []string{"full", "draining"} {
 		h.refused.WithLabelValues(reason) // there from the start, at 0

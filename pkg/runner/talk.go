@@ -318,17 +318,18 @@ func (t *talk) follow(j *job, sub *subscriber) {
 }
 
 // release has commands read and events told as they come, unless the job has ended.
-func (t *talk) release(j *job) {
+func (t *talk) release(j *job) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.job != j {
-		return
+		return false
 	}
 	if t.reads == worker {
 		t.reads = another
 		go t.steer()
 	}
 	j.feed.release(t.sub)
+	return true
 }
 
 // steer reads commands until the stream ends, or the next start.
