@@ -83,6 +83,8 @@ type run struct {
 	out     []outgoing
 	pumping bool
 	moved   chan struct{}
+	// settling says that the run's end comes next, and takes what gathers with it.
+	settling bool
 
 	// live branches, those of them that sleep, and whether the slot was given back.
 	live, asleep int
@@ -406,27 +408,10 @@ func (r *run) note(f func(rec *store.Record)) {
 // flush makes everything noted so far durable. Appends of one run follow each other: while
 // one is in progress, what all branches note meanwhile gathers in the next.
 func (r *run) flush(ctx context.Context) error {
-	r.mu.Lock()
-	if r.lost != nil {
-		err := fmt.Errorf("%w: %w", ErrHandBack, r.lost)
-		r.mu.Unlock()
+	b, err := r.forward()
+	if b == nil || err != nil {
 		return err
 	}
-	b := r.next
-	if !b.dirty {
-		if r.inflight == nil {
-			r.mu.Unlock()
-			return nil
-		}
-		b = r.inflight
-	} else {
-		b.wanted = true
-		if r.inflight == nil {
-			r.inflight = r.take()
-			r.push(outgoing{batch: r.inflight})
-		}
-	}
-	r.mu.Unlock()
 	_, span := telemetry.Start(ctx, "journal")
 	defer span.End()
 	before := telemetry.Enter(ctx, "journal")
@@ -436,6 +421,54 @@ func (r *run) flush(ctx context.Context) error {
 		return b.err
 	case <-ctx.Done():
 		return context.Cause(ctx)
+	}
+}
+
+// forward puts everything noted so far on its way, and returns what is to be waited for; nil for nothing.
+func (r *run) forward() (*batch, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.lost != nil {
+		return nil, fmt.Errorf("%w: %w", ErrHandBack, r.lost)
+	}
+	if !r.next.dirty {
+		return r.inflight, nil
+	}
+	b := r.next
+	b.wanted = true
+	if r.inflight == nil {
+		r.inflight = r.take()
+		r.push(outgoing{batch: r.inflight})
+	}
+	return b, nil
+}
+
+// settle waits for the append in progress, whose outcome decides how the run ends. What gathers meanwhile is written with
+// the end, even if it was to follow at once.
+func (r *run) settle() {
+	r.mu.Lock()
+	b := r.inflight
+	r.settling = b != nil
+	r.mu.Unlock()
+	if b == nil {
+		return
+	}
+	<-b.done
+	r.mu.Lock()
+	r.settling = false
+	r.mu.Unlock()
+}
+
+// outgone waits until nothing is on its way to the journal: the next owner has to find it there.
+func (r *run) outgone() {
+	for {
+		r.mu.Lock()
+		b := r.inflight
+		r.mu.Unlock()
+		if b == nil {
+			return
+		}
+		<-b.done
 	}
 }
 
@@ -557,7 +590,7 @@ func (r *run) appended(b *batch) {
 	r.inflight = nil
 	var failed *batch
 	switch {
-	case !r.next.wanted:
+	case !r.next.wanted, r.settling && r.lost == nil:
 	case r.lost == nil:
 		r.inflight = r.take()
 		r.push(outgoing{batch: r.inflight})
@@ -669,6 +702,7 @@ func (r *run) protect(f func() error) (err error) {
 func (r *run) conclude(err error) {
 	output, err := r.output(err)
 	r.endLeftovers()
+	r.settle()
 	for try := range 3 {
 		r.mu.Lock()
 		change := &store.RunChange{CompletedAt: r.e.Clock.Now()}
@@ -767,6 +801,7 @@ func (r *run) handedBack(err error) bool {
 			return true
 		}
 		if errors.Is(err, ErrHandBack) {
+			r.outgone()
 			r.e.handOver(r.id)
 			return true
 		}

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/specql/mesh/pkg/fault"
@@ -162,6 +163,7 @@ func (r *run) branchOut(ctx context.Context, n, limit int, waitAll bool, branch 
 		lowest     int
 		handedBack bool
 		ended      int
+		done       atomic.Int64 // branches that came to their end
 		given      int // places among the live branches that were given back
 		tokens     = make(chan struct{}, limit)
 	)
@@ -194,9 +196,10 @@ func (r *run) branchOut(ctx context.Context, n, limit int, waitAll bool, branch 
 		wg.Go(func() {
 			defer end()
 			err := r.protect(func() error { return branch(ctx, i) })
-			if err == nil {
-				// What the branch did last must not wait for its slower siblings.
-				err = r.flush(ctx)
+			if err == nil && done.Add(1) < int64(n) {
+				// What the branch did last must not wait for its slower siblings. What the last of them did is written with what
+				// follows.
+				_, err = r.forward()
 			}
 			if err == nil {
 				return
