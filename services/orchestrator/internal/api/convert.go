@@ -51,10 +51,6 @@ func value(raw json.RawMessage) *structpb.Value {
 	if len(raw) == 0 {
 		return nil
 	}
-	v := &structpb.Value{}
-	if err := protojson.Unmarshal(raw, v); err == nil {
-		return v
-	}
 	var plain any
 	if json.Unmarshal(raw, &plain) != nil {
 		return nil
@@ -100,13 +96,13 @@ func jobProto(j *store.Job) *specqlv1.Job {
 		CreatedAt: timeProto(j.CreatedAt), StartedAt: timeProto(j.StartedAt), CompletedAt: timeProto(j.CompletedAt),
 	}
 	lenient := protojson.UnmarshalOptions{DiscardUnknown: true}
-	if len(j.ResourceUsage) > 0 {
+	if out.ResourceUsage = j.Usage; j.Usage == nil && len(j.ResourceUsage) > 0 {
 		u := &runnerv1.ResourceUsage{}
 		if lenient.Unmarshal(j.ResourceUsage, u) == nil {
 			out.ResourceUsage = u
 		}
 	}
-	if len(j.SecurityContext) > 0 {
+	if out.SecurityContext = j.Security; j.Security == nil && len(j.SecurityContext) > 0 {
 		s := &runnerv1.SecurityContext{}
 		if lenient.Unmarshal(j.SecurityContext, s) == nil {
 			out.SecurityContext = s

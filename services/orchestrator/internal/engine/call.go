@@ -349,10 +349,10 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 		}
 		again = 0
 		usage = addUsage(usage, out.Usage, out.took, job.Attempts)
-		job.ResourceUsage = protoJSON(usage)
+		keepUsage(job, usage)
 		r.denied(ctx, n, job, out)
 		if out.Security != nil {
-			job.SecurityContext = protoJSON(out.Security)
+			keepSecurity(job, out.Security)
 		}
 		if out.Err == nil {
 			job.Status, job.Output, job.Err, job.CompletedAt = store.Completed, out.Output, nil, r.e.Clock.Now()

@@ -66,7 +66,7 @@ func (r *run) limitDenied(ctx context.Context, n *plan.Call, job *store.Job, l *
 		Checks: []*runnerv1.PolicyCheck{check}, Subject: job.TriggeredBy, TenantId: job.TenantID,
 	}}
 	r.denied(ctx, n, job, out)
-	job.SecurityContext = protoJSON(out.Security)
+	keepSecurity(job, out.Security)
 }
 
 // ruleOf is the key of the policy that denied, and whether it is the operator's alone.

@@ -726,7 +726,7 @@ func (r *run) conclude(err error) {
 		if try == 1 {
 			for j, isNew := range refused {
 				bare := *j
-				bare.Input, bare.Output, bare.ResourceUsage, bare.SecurityContext = nil, nil, nil, nil
+				bare.Input, bare.Output, bare.ResourceUsage, bare.SecurityContext, bare.Usage, bare.Security = nil, nil, nil, nil, nil, nil
 				bare.Status, bare.Err, bare.CompletedAt = store.Failed, r.fatal, change.CompletedAt
 				r.noteJob(&bare, isNew)
 			}

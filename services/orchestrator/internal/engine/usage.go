@@ -21,6 +21,19 @@ func protoJSON(m proto.Message) json.RawMessage {
 	return b
 }
 
+// keepUsage and keepSecurity give a job what is stored of it, and what that was made of for whoever asks here.
+func keepUsage(job *store.Job, u *runnerv1.ResourceUsage) {
+	if job.Usage, job.ResourceUsage = u, protoJSON(u); job.ResourceUsage == nil {
+		job.Usage = nil
+	}
+}
+
+func keepSecurity(job *store.Job, s *runnerv1.SecurityContext) {
+	if job.Security, job.SecurityContext = s, protoJSON(s); job.SecurityContext == nil {
+		job.Security = nil
+	}
+}
+
 // mostUsed is more than an attempt uses of anything, in any unit.
 const mostUsed = 1e12
 

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"time"
 
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/fault"
 	"github.com/specql/mesh/pkg/spec"
 )
@@ -146,10 +147,14 @@ type Job struct {
 	// ResourceUsage and SecurityContext are the protos in JSON with proto field names; nil until known.
 	ResourceUsage   json.RawMessage
 	SecurityContext json.RawMessage
-	Status          Status
-	Attempts        int
-	MaxAttempts     int
-	Timeout         time.Duration
+	// Usage and Security are what the two were made of, nil where another process did. They are not changed any more.
+	Usage    *runnerv1.ResourceUsage
+	Security *runnerv1.SecurityContext
+
+	Status      Status
+	Attempts    int
+	MaxAttempts int
+	Timeout     time.Duration
 	// NextAttemptAt is when the next attempt may begin; zero for at once.
 	NextAttemptAt time.Time
 	Sequence      int64
