@@ -247,7 +247,7 @@ func check(r *store.Record) error {
 // queue adds the statements of records, but for entities' rows: a few for all of them, rows in the order of their ids so that two
 // orchestrators that write the same rows wait for each other rather than deadlock.
 func (s *Store) queue(b *pgx.Batch, records []*store.Record) {
-	s.queueRuns(b, records)
+	runs := s.queueRuns(b, records)
 	var fresh, full, adopted, changed []*store.Job
 	var steps []*store.Step
 	var signals []taken
@@ -268,11 +268,21 @@ func (s *Store) queue(b *pgx.Batch, records []*store.Record) {
 			signals = append(signals, taken{id, r.RunID, path})
 		}
 	}
-	queueRows(b, s.sql.insertNewJobs, newJobColumns, fresh, false)
+	ended := waves(changed, func(j *store.Job) string { return j.ID })
+	for _, wave := range ended {
+		slices.SortFunc(wave, func(a, b *store.Job) int { return cmp.Compare(a.ID, b.ID) })
+	}
+	// A statement does not see what it inserts itself.
+	if len(ended) > 1 || overlap(fresh, changed) {
+		s.queueParts(b, runs, nil, nil)
+		queueRows(b, s.sql.insertNewJobs, newJobColumns, fresh, false)
+	} else {
+		s.queueParts(b, runs, fresh, changed)
+		ended = nil
+	}
 	queueRows(b, s.sql.insertJobs, fullJobColumns, full, false)
 	queueRows(b, s.sql.adoptJobs, adoptColumns, adopted, true)
-	for _, wave := range waves(changed, func(j *store.Job) string { return j.ID }) {
-		slices.SortFunc(wave, func(a, b *store.Job) int { return cmp.Compare(a.ID, b.ID) })
+	for _, wave := range ended {
 		queueRows(b, s.sql.updateJobs, changeJobColumns, wave, true)
 	}
 	for _, wave := range waves(steps, func(st *store.Step) string { return fmt.Sprintf("%s/%s#%d", st.RunID, st.StepPath, st.Generation) }) {
@@ -282,6 +292,18 @@ func (s *Store) queue(b *pgx.Batch, records []*store.Record) {
 		slices.SortFunc(wave, func(a, b taken) int { return cmp.Compare(a.id, b.id) })
 		queueRows(b, s.sql.takeSignals, takenColumns, wave, true)
 	}
+}
+
+// overlap says whether a job is in both lists.
+func overlap(a, b []*store.Job) bool {
+	if len(a) == 0 || len(b) == 0 {
+		return false
+	}
+	ids := make(map[string]bool, len(a))
+	for _, j := range a {
+		ids[j.ID] = true
+	}
+	return slices.ContainsFunc(b, func(j *store.Job) bool { return ids[j.ID] })
 }
 
 // queueRows adds one statement over rows; counted ones have to change as many.
@@ -321,9 +343,9 @@ func waves[T any](items []T, key func(T) string) [][]T {
 // notBuried fails where one of the owners was buried. A run that is created while its owner is being buried was created before.
 const notBuried = "SELECT jobs.fn_expect(count(*), 0, 'buried') FROM jobs.tb_orchestrator WHERE id = ANY ($1) AND buried_at IS NOT NULL"
 
-// queueRuns adds the fences, with what the records change in their runs. Several records of one run become
-// one change where only one of them says more than its sequence.
-func (s *Store) queueRuns(b *pgx.Batch, records []*store.Record) {
+// queueRuns sorts the fences, with what the records change in their runs: several records of one run become one change where only
+// one of them says more than its sequence. It adds the statements that have to come first, and returns the last changes.
+func (s *Store) queueRuns(b *pgx.Batch, records []*store.Record) runParts {
 	var creates []*store.Record
 	var changes []*change
 	last := map[string]*change{}
@@ -348,30 +370,70 @@ func (s *Store) queueRuns(b *pgx.Batch, records []*store.Record) {
 		owners := gather(creates, func(r *store.Record) string { return r.Create.Owner })
 		slices.Sort(owners)
 		b.Queue(notBuried, slices.Compact(owners))
-		b.Queue(s.sql.createRuns, arguments(runColumns, creates)...)
 	}
-	for _, wave := range waves(changes, func(c *change) string { return c.record.RunID }) {
+	separate := slices.ContainsFunc(creates, func(r *store.Record) bool { return last[r.RunID] != nil })
+	if separate {
+		queueRows(b, s.sql.createRuns, runColumns, creates, false)
+		creates = nil
+	}
+	all := waves(changes, func(c *change) string { return c.record.RunID })
+	parts := runParts{created: creates}
+	for i, wave := range all {
 		slices.SortFunc(wave, func(a, b *change) int { return cmp.Compare(a.record.RunID, b.record.RunID) })
-		var touched, changed, retried []*change
+		var retried []*change
 		for _, c := range wave {
 			switch {
 			case c.record.Run == nil:
-				touched = append(touched, c)
+				parts.touched = append(parts.touched, c)
 			case c.record.Run.Retry:
 				retried = append(retried, c)
 			default:
-				changed = append(changed, c)
+				parts.changed = append(parts.changed, c)
 			}
 		}
-		queueRows(b, s.sql.touchRuns, touchColumns, touched, true)
-		queueRows(b, s.sql.changeRuns, changeColumns, changed, true)
 		queueRows(b, s.sql.retryRuns, retryColumns, retried, true)
-		for _, c := range changed {
-			if m := c.record.Run.Admit; m != nil {
-				b.Queue(`UPDATE jobs.tb_workflow_run SET snapshot = $2, entity_id = $3, entity_schema = $4,
-						entity_row = $5::text::jsonb, input_data = $6::text::jsonb WHERE id = $1`,
-					uuidValue(c.record.RunID), nullText(m.Snapshot), nullText(m.EntityID), nullText(m.EntitySchema), nullJSON(m.EntityRow), nullJSON(m.Input))
-			}
+		if i < len(all)-1 {
+			s.queueParts(b, parts, nil, nil)
+			parts = runParts{}
+		}
+	}
+	return parts
+}
+
+// runParts are changes of runs that no two of are of the same run.
+type runParts struct {
+	created          []*store.Record
+	touched, changed []*change
+}
+
+// queueParts adds one statement for all, which have no run and no job twice.
+func (s *Store) queueParts(b *pgx.Batch, runs runParts, begun, ended []*store.Job) {
+	p := stepParts{len(runs.touched) > 0, len(runs.changed) > 0, len(ended) > 0, len(begun) > 0, len(runs.created) > 0}
+	if p == (stepParts{}) {
+		return
+	}
+	var args []any
+	if p.touch {
+		args = append(arguments(touchColumns, runs.touched), len(runs.touched))
+	}
+	if p.change {
+		args = append(append(args, arguments(changeColumns, runs.changed)...), len(runs.changed))
+	}
+	if p.end {
+		args = append(append(args, arguments(changeJobColumns, ended)...), len(ended))
+	}
+	if p.begin {
+		args = append(args, arguments(newJobColumns, begun)...)
+	}
+	if p.create {
+		args = append(args, arguments(runColumns, runs.created)...)
+	}
+	b.Queue(s.sql.step(p), args...)
+	for _, c := range runs.changed {
+		if m := c.record.Run.Admit; m != nil {
+			b.Queue(`UPDATE jobs.tb_workflow_run SET snapshot = $2, entity_id = $3, entity_schema = $4,
+					entity_row = $5::text::jsonb, input_data = $6::text::jsonb WHERE id = $1`,
+				uuidValue(c.record.RunID), nullText(m.Snapshot), nullText(m.EntityID), nullText(m.EntitySchema), nullJSON(m.EntityRow), nullJSON(m.Input))
 		}
 	}
 }

@@ -2,7 +2,10 @@ package postgres
 
 import (
 	"fmt"
+	"regexp"
+	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgtype"
@@ -139,7 +142,13 @@ type statements struct {
 	createRuns, touchRuns, changeRuns, retryRuns string
 	insertJobs, insertNewJobs, adoptJobs         string
 	updateJobs, upsertSteps, takeSignals         string
+
+	// steps are statements made of these, by their parts.
+	steps sync.Map
 }
+
+// stepParts says which of these one statement is made of: touchRuns, changeRuns, updateJobs, insertNewJobs, createRuns.
+type stepParts struct{ touch, change, end, begin, create bool }
 
 var runColumns = append([]column[*store.Record]{
 	ids("id", func(r *store.Record) string { return r.Create.ID }),
@@ -369,6 +378,55 @@ func newStatements(types map[string]string) *statements {
 		WHERE s.id = d.id AND s.run_id = d.run_id AND (s.taken_by IS NULL OR s.taken_by = d.path) RETURNING 1)
 		SELECT jobs.fn_expect(count(*), $%d, 'signal') FROM changed`, source(takenColumns), len(takenColumns)+1)
 	return s
+}
+
+// step is one statement for several: what a statement costs besides its rows is a good part of what a step costs. Their parameters
+// follow each other.
+func (s *statements) step(p stepParts) string {
+	if text, ok := s.steps.Load(p); ok {
+		return text.(string)
+	}
+	var parts, checks []string
+	n := 0
+	counted := func(name, text string, columns int) {
+		change, check, _ := strings.Cut(strings.TrimPrefix(text, "WITH changed AS"), "SELECT jobs.fn_expect(count(*),")
+		what, _, _ := strings.Cut(check, " FROM ")
+		parts = append(parts, name+" AS"+shift(change, n))
+		checks = append(checks, "jobs.fn_expect((SELECT count(*) FROM "+name+"),"+shift(what, n))
+		n += columns + 1
+	}
+	added := func(name, text string, columns int) {
+		parts = append(parts, name+" AS ("+shift(text, n)+")")
+		n += columns
+	}
+	if p.touch {
+		counted("touched", s.touchRuns, len(touchColumns))
+	}
+	if p.change {
+		counted("changed", s.changeRuns, len(changeColumns))
+	}
+	if p.end {
+		counted("ended", s.updateJobs, len(changeJobColumns))
+	}
+	if p.begin {
+		added("begun", s.insertNewJobs, len(newJobColumns))
+	}
+	if p.create {
+		added("created", s.createRuns, len(runColumns))
+	}
+	text := "WITH " + strings.Join(parts, ", ") + " SELECT " + strings.Join(append(checks, "1"), ", ")
+	s.steps.Store(p, text)
+	return text
+}
+
+var parameter = regexp.MustCompile(`\$[0-9]+`)
+
+// shift counts the parameters of a text from n on.
+func shift(text string, n int) string {
+	return parameter.ReplaceAllStringFunc(text, func(p string) string {
+		k, _ := strconv.Atoi(p[1:])
+		return fmt.Sprintf("$%d", k+n)
+	})
 }
 
 // insert is the statement that inserts rows, in the order of the parameters.
