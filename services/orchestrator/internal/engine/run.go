@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -437,8 +438,8 @@ func (r *run) forward() (*batch, error) {
 	b := r.next
 	b.wanted = true
 	if r.inflight == nil {
-		r.inflight = r.take()
-		r.push(outgoing{batch: r.inflight})
+		r.inflight = b
+		r.push(outgoing{batch: b})
 	}
 	return b, nil
 }
@@ -448,6 +449,9 @@ func (r *run) forward() (*batch, error) {
 func (r *run) settle() {
 	r.mu.Lock()
 	b := r.inflight
+	if b == r.next {
+		b = nil // the end goes along
+	}
 	r.settling = b != nil
 	r.mu.Unlock()
 	if b == nil {
@@ -473,7 +477,7 @@ func (r *run) outgone() {
 }
 
 // take closes the record that gathers: its parts get their sequences. r.mu is held.
-func (r *run) take() *batch {
+func (r *run) take() {
 	b := r.next
 	next := func() int64 { r.state.Sequence++; return r.state.Sequence }
 	for _, j := range b.jobs {
@@ -493,7 +497,6 @@ func (r *run) take() *batch {
 	}
 	b.row = r.state
 	r.next = r.newBatch()
-	return b
 }
 
 // refusedForGood tells a record that the database will never take from one that it could
@@ -544,8 +547,14 @@ func (r *run) pump() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for len(r.out) > 0 {
-		if r.out[0].batch != nil {
-			b := r.out[0].batch
+		if b := r.out[0].batch; b != nil && b == r.next {
+			r.gather()
+			r.take()
+			// Lines that came meanwhile have lower sequences.
+			r.out = append(r.out[1:], r.out[0])
+			continue
+		}
+		if b := r.out[0].batch; b != nil {
 			r.shift(1)
 			r.mu.Unlock()
 			b.err = r.append(b)
@@ -572,6 +581,23 @@ func (r *run) pump() {
 	r.pumping = false
 }
 
+// mostGathered is how often a record waits for what other branches do at the same time.
+const mostGathered = 20
+
+// gather lets other branches go on first, for as long as they have something for the record that gathers: where they all begin
+// at once, or the answers to several calls have come, one record says so. It waits for nothing. r.mu is held.
+func (r *run) gather() {
+	if r.forks == 0 {
+		return
+	}
+	for had, n := -1, 0; had < len(r.next.jobs) && n < mostGathered; n++ {
+		had = len(r.next.jobs)
+		r.mu.Unlock()
+		runtime.Gosched()
+		r.mu.Lock()
+	}
+}
+
 // shift takes the first n of what waits away. r.mu is held.
 func (r *run) shift(n int) {
 	r.out = slices.Delete(r.out, 0, n)
@@ -592,7 +618,7 @@ func (r *run) appended(b *batch) {
 	switch {
 	case !r.next.wanted, r.settling && r.lost == nil:
 	case r.lost == nil:
-		r.inflight = r.take()
+		r.inflight = r.next
 		r.push(outgoing{batch: r.inflight})
 	default:
 		failed = r.next
