@@ -187,6 +187,17 @@ func TestRules(t *testing.T) {
 		_, err := c.Run(url, "INSERT INTO jobs."+values)
 		require.ErrorContains(t, err, "violates check constraint", values)
 	}
+	c.Psql(t, url, "INSERT INTO jobs.tb_workflow_run (id, entity, action, created_at) VALUES ('"+runOne+"', 'x', 'y', now()); UPDATE jobs.tb_workflow_run SET sequence = 7")
+	for change, want := range map[string]string{
+		"sequence = 6": "only grow", "sequence = 9007199254740993": "ck_workflow_run_sequence", "epoch = -1": "ck_workflow_run_epoch", "owner = 'b'": "only grow",
+		"updated_at = 'infinity'": "violates check constraint", "updated_at = '-infinity'": "violates check constraint",
+		"created_at = 'infinity', sequence = 8": "violates check constraint", "entity = repeat('x', 1001)": "violates check constraint",
+		"id = gen_random_uuid()": "only grow", "retries = 1": "a run moves from pending",
+	} {
+		_, err := c.Run(url, "UPDATE jobs.tb_workflow_run SET "+change)
+		require.ErrorContains(t, err, want, change)
+	}
+	c.Psql(t, url, "UPDATE jobs.tb_workflow_run SET sequence = 8, epoch = 1, owner = 'b'; DELETE FROM jobs.tb_workflow_run")
 	// Nor does it help to say what an orchestrator says, without its rights.
 	c.Psql(t, url, `CREATE ROLE rules_client; GRANT USAGE ON SCHEMA jobs TO rules_client; GRANT SELECT, INSERT, UPDATE ON jobs.tb_job_run, jobs.tb_workflow_run TO rules_client`)
 	defer c.Psql(t, url, "DROP OWNED BY rules_client; DROP ROLE rules_client")
