@@ -23,7 +23,7 @@ type noop struct{}
 func (noop) Describe(context.Context) (*runner.Description, error) {
 	nothing := runner.SchemaOf[struct{}]()
 	return &runner.Description{
-		Name: "noop-runner", Types: []runner.Type{{Name: "noop", ConfigSchema: nothing, PolicySchema: nothing, OperationSchema: nothing}},
+		Name: "noop-runner", Types: []runner.Type{{Name: "noop", ConfigSchema: nothing, PolicySchema: nothing, OperationSchema: nothing, DefaultMaxRetries: 3}},
 	}, nil
 }
 

@@ -47,7 +47,7 @@ const (
 	minClientPing = clientPing / 2
 )
 
-// How much of a stream may be on its way unread, and how much of a connection, whoever reads it. A message that is larger opens
+// How much of a stream may be on its way unread, and how much of a connection may be on the wire. A message that is larger opens
 // its stream for as much. gRPC would measure what a connection takes, up to 16 MiB a stream, by a ping with nearly each message
 // where there are few: more wake-ups of both ends for each.
 const (

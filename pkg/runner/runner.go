@@ -25,7 +25,7 @@ type JobRunner interface {
 	//
 	// When ctx ends, Execute ends everything that it started, down to the last process or
 	// container, and only then returns, with what was measured; [context.Cause] tells
-	// Timeout from Cancelled, and the kit fills in Err where it is nil then.
+	// Timeout from Cancelled, where Err of a context made of ctx may say Canceled for both, and the kit fills in Err where it is nil then.
 	Execute(ctx context.Context, job *Job, sink Sink) (*Result, error)
 }
 

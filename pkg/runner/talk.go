@@ -221,7 +221,7 @@ func (t *talk) tell(j *job, sub *subscriber) error {
 		return refused
 	}
 	if end {
-		t.follow(nil, nil) // before the client knows, who may begin the next one at once
+		t.forget(j) // before the client knows, who may begin the next one at once
 	}
 	for len(events) > 0 {
 		n := 1
@@ -310,6 +310,15 @@ func (t *talk) read() (*runnerv1.Job, error) {
 }
 
 var errCommand = status.Error(codes.InvalidArgument, "a command is start, cancel or renew")
+
+// forget says that a job has ended, unless the next one has begun.
+func (t *talk) forget(j *job) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.job == j {
+		t.job, t.sub = nil, nil
+	}
+}
 
 func (t *talk) follow(j *job, sub *subscriber) {
 	t.mu.Lock()

@@ -55,7 +55,7 @@ type directConn struct {
 	left, sent, received int64
 }
 
-// suits says whether a request may go this way: one whose headers ask for nothing that only the Transport does.
+// suits says whether a request may go this way: a small one whose headers ask for nothing that only the Transport does.
 func (*direct) suits(req *http.Request) bool {
 	if req.URL.Scheme != "http" || req.ContentLength > maxDirectBody {
 		return false
@@ -65,7 +65,14 @@ func (*direct) suits(req *http.Request) bool {
 			return false
 		}
 	}
-	return true
+	// A target that answers early to what it does not want to read is heard by the Transport alone.
+	size := 0
+	for name, values := range req.Header {
+		for _, value := range values {
+			size += len(name) + len(value)
+		}
+	}
+	return size <= maxDirectBody
 }
 
 // errInformational is net/http's, which has no type.
@@ -149,7 +156,7 @@ func (d *direct) exchange(ctx context.Context, c *directConn, req *http.Request,
 		if res, err = http.ReadResponse(c.in, req); err != nil {
 			return nil, false, fmt.Errorf("read the answer: %w", err)
 		}
-		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
+		if res.StatusCode/100 != 1 || res.StatusCode == http.StatusSwitchingProtocols {
 			break
 		}
 		if n == maxInformational {
@@ -317,7 +324,9 @@ func (d *direct) take(address string) *directConn {
 		}
 		c := list[len(list)-1]
 		list[len(list)-1] = nil
-		d.idle[address] = list[:len(list)-1]
+		if d.idle[address] = list[:len(list)-1]; len(list) == 1 {
+			delete(d.idle, address)
+		}
 		d.count--
 		d.mu.Unlock()
 		if quiet(c.raw) {

@@ -146,6 +146,7 @@ func TestAnswersAreThoseOfTheTransport(t *testing.T) {
 		"connection: close":     {says: "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nhi"},
 		"100":                   {says: "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"},
 		"103":                   {says: "HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"},
+		"099":                   {says: "HTTP/1.1 099 Odd\r\nContent-Length: 40\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", more: true},
 		"101":                   {says: "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n"},
 		"cut body":              {says: "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi", close: true},
 		"cut head":              {says: "HTTP/1.1 200 OK\r\nContent-", close: true},
@@ -318,6 +319,13 @@ func TestAnAnswerThatIsLeftClosesItsConnection(t *testing.T) {
 }
 
 // Idle connections are bounded, by target and in all, and are closed after a time.
+// gone is the socket of a connection that its other side has closed.
+type gone struct{}
+
+func (gone) Control(func(uintptr)) error    { return net.ErrClosed }
+func (gone) Read(func(uintptr) bool) error  { return net.ErrClosed }
+func (gone) Write(func(uintptr) bool) error { return net.ErrClosed }
+
 func TestIdleConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
 	p, _, _ := ways(t)
@@ -325,7 +333,7 @@ func TestIdleConnectionsAreBounded(t *testing.T) {
 	idle := func(address string) net.Conn {
 		near, far := net.Pipe()
 		t.Cleanup(func() { _ = far.Close() })
-		d.put(&directConn{Conn: near, address: address})
+		d.put(&directConn{Conn: near, raw: gone{}, address: address})
 		return near
 	}
 	isClosed := func(c net.Conn) bool { return c.SetDeadline(time.Time{}) != nil }
@@ -335,6 +343,15 @@ func TestIdleConnectionsAreBounded(t *testing.T) {
 	require.True(t, isClosed(idle("a")))
 	for i := range maxIdleConns {
 		idle(string(rune('b' + i/100)))
+		require.LessOrEqual(t, d.count, maxIdleConns)
+	}
+	require.Equal(t, maxIdleConns, d.count)
+	// Also where connections were taken and not given back.
+	for i := range maxIdleConns {
+		require.Nil(t, d.take(string(rune('b'+i/100))))
+	}
+	for i := range 2 * maxIdleConns {
+		idle(string(rune('A' + i/100)))
 		require.LessOrEqual(t, d.count, maxIdleConns)
 	}
 	require.Equal(t, maxIdleConns, d.count)
@@ -372,4 +389,7 @@ func TestWhatIsNotSentDirectly(t *testing.T) {
 	for _, header := range []string{"Connection", "expect", "TE", "Trailer", "Transfer-Encoding", "Upgrade"} {
 		require.False(t, p.direct.suits(request("http://a", header, 0)), header)
 	}
+	large := request("http://a", "", 0)
+	large.Header.Set("X-Large", strings.Repeat("x", maxDirectBody))
+	require.False(t, p.direct.suits(large))
 }

@@ -256,6 +256,11 @@ func (d *Dispatcher) Execute(ctx context.Context, c *engine.Call, sink engine.Lo
 	return out
 }
 
+// batched says whether the runner may tell with the end of a quick job that it began it. One that is lost before it has said so may
+// have begun it, and may have been killed by it, so that the attempt counts: that is for jobs that bear repeating, of which
+// others have nothing to lose.
+func (a *attempt) batched() bool { return a.call.Job.MaxAttempts > 1 }
+
 // carry sends the job to replicas until one has ended it, or none can.
 func (a *attempt) carry(ctx context.Context, began time.Time) *engine.Outcome {
 	handBacks := 0
@@ -359,7 +364,7 @@ func (a *attempt) find(ctx context.Context, lost *engine.Outcome, why next) (*en
 		switch {
 		case errors.Is(context.Cause(search), engine.ErrHandBack):
 			return letGo(engine.ErrHandBack), ended
-		case left <= 0 && why == unsure:
+		case left <= 0 && why == unsure && !a.batched():
 			return lost, unreached
 		case left <= 0:
 			a.d.o.Logger.WarnContext(ctx, "a runner was lost in the middle of a job", "execution_type", a.t.executionType, "job_id", a.call.Job.ID, "error", lost.Err)
@@ -421,7 +426,7 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 	start := job(a.call, a.d.o.Lease)
 	start.Profile = telemetry.PhasesOf(ctx) != nil
 	telemetry.Enter(ctx, "dispatch")
-	start.AttachOnly, start.More, start.Batch = attach, !alone, true
+	start.AttachOnly, start.More, start.Batch = attach, !alone, a.batched()
 	telemetry.Propagator().Inject(ctx, propagation.MapCarrier(start.GetTraceContext()))
 	if err := t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: start}}); err != nil {
 		if reused || !errors.Is(err, io.EOF) {
@@ -736,6 +741,9 @@ func (b *broken) outcome(err error) (*engine.Outcome, next) {
 	}
 	if cause != nil {
 		return &engine.Outcome{Err: fault.Wrap(cause, fault.Cancelled, "%v", cause)}, ended
+	}
+	if code == codes.Aborted && b.sent { // another orchestrator has it, and it may have begun
+		return &engine.Outcome{Err: f, Unknown: true}, ended
 	}
 	unreachable := &engine.Outcome{Err: fault.New(fault.Unavailable, "the %s runner at %s could not be reached: %s", t.executionType, t.address, f.Message)}
 	switch {
