@@ -873,7 +873,7 @@ BEGIN
 
     -- A histogram with a slot for each of a few rows.
     few := 'INSERT INTO jobs.tb_job_stat (' || keys || names || ', slots, slot_jobs)
-        SELECT ' || keys || inner_ || ', array_agg(slot) FILTER (WHERE slot IS NOT NULL), array_agg(sign::bigint) FILTER (WHERE slot IS NOT NULL)
+        SELECT ' || keys || inner_ || ', array_agg(slot) FILTER (WHERE duration IS NOT NULL), array_agg(sign::bigint) FILTER (WHERE duration IS NOT NULL)
         FROM ' || figures || '
         GROUP BY ' || keys;
 

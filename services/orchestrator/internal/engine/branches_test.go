@@ -2,12 +2,16 @@ package engine_test
 
 import (
 	"context"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 
+	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/services/orchestrator/internal/engine"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
@@ -121,4 +125,72 @@ func TestARefusedRecordOfBranchesFailsTheRun(t *testing.T) {
 	}}, nil)
 	r := w.run(e.Engine, `actions: [{parallel: [{call_service: {service: svc, operation: echo}}, {call_service: {service: svc, operation: other}}]}]`, nil)
 	require.Equal(t, store.Failed, r.Status)
+	jobs, err := w.store.Jobs(t.Context(), r.ID, 0)
+	require.NoError(t, err)
+	require.Len(t, jobs, 2)
+	for _, j := range jobs {
+		require.True(t, j.Status.Final(), "%s is %s", j.StepPath, j.Status)
+	}
+}
+
+// Branches that update the row at the same time do not fail for what the table refuses of another.
+func TestUpdatesOfBranchesFailAlone(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	e := w.begin(&spyJournal{before: func(r *store.Record) error {
+		if r.UpdateRow != nil && r.UpdateRow.Values["bad"] != nil {
+			return store.ErrRefused
+		}
+		return nil
+	}}, nil)
+	for n := range 50 {
+		req := w.entityRequest(`
+entity: thing
+fields:
+  good: {type: string, default: "no"}
+  bad: {type: string, default: "no"}
+actions:
+  go:
+    steps:
+      - parallel: {on_error: wait_all, branches: [{update: {set: {good: "yes"}}}, {update: {set: {bad: "yes"}}}]}
+`, "go", rowID(n), nil)
+		r, err := e.Start(t.Context(), req)
+		require.NoError(t, err)
+		got := w.finish(e.Engine, r.ID)
+		require.Equal(t, store.Failed, got.Status)
+		require.Contains(t, got.Err.Message, "branches[1]")
+		require.NotContains(t, got.Err.Message, "more")
+		row, err := w.store.EntityRow(t.Context(), req.Plan.Entity, rowID(n))
+		require.NoError(t, err)
+		require.Equal(t, "yes", row["good"])
+	}
+}
+
+// What a runner says beyond what this version knows is stored nowhere, and told to nobody.
+func TestUnknownFieldsOfARunnerAreDropped(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	unknown := protowire.AppendString(protowire.AppendTag(nil, 9999, protowire.BytesType), strings.Repeat("x", 1000))
+	w.behave["echo"] = func(_ context.Context, c *engine.Call, _ map[string]any) *engine.Outcome {
+		out := &engine.Outcome{
+			Output: c.Job.Input, Usage: &runnerv1.ResourceUsage{Source: "http"},
+			Security: &runnerv1.SecurityContext{Runner: "r", Checks: []*runnerv1.PolicyCheck{{Rule: "x", Allowed: true}}},
+		}
+		for _, m := range []proto.Message{out.Usage, out.Security, out.Security.GetChecks()[0]} {
+			m.ProtoReflect().SetUnknown(unknown)
+		}
+		return out
+	}
+	seen := make(chan *store.Job, 1)
+	e := w.begin(&spyJournal{after: func(r *store.Record) {
+		if ends(r, "echo") {
+			seen <- r.ChangedJobs[0]
+		}
+	}}, nil)
+	w.run(e.Engine, `actions: [{call_service: {service: svc, operation: echo}}]`, nil)
+	j := <-seen
+	for _, m := range []proto.Message{j.Usage, j.Security, j.Security.GetChecks()[0]} {
+		require.Empty(t, m.ProtoReflect().GetUnknown())
+	}
+	require.Equal(t, "r", j.Security.GetRunner())
 }

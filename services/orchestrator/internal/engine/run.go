@@ -72,9 +72,9 @@ type run struct {
 	// lost is why the journal took no record; the walk ends and someone else goes on.
 	lost error
 	// fatal is why the database will never take a record; the run fails with it. refused are
-	// the jobs whose states it held, true for those that it began.
+	// the jobs whose states it held, by id.
 	fatal   *fault.Error
-	refused map[*store.Job]bool
+	refused map[string]refusedJob
 
 	// The append in progress and the one that gathers meanwhile.
 	next     *batch
@@ -103,6 +103,12 @@ type outgoing struct {
 // maxOutgoing is how many lines of one run may wait for the journal; its jobs wait beyond.
 const maxOutgoing = 1000
 
+// refusedJob is a job of a record that the database will never take.
+type refusedJob struct {
+	job   *store.Job
+	isNew bool // its row is not there
+}
+
 // batch is a record in the making.
 type batch struct {
 	rec    *store.Record
@@ -128,7 +134,7 @@ func newRun(e *Engine, row *store.Run, p *plan.Plan) *run {
 	r := &run{
 		e: e, id: row.ID, plan: p, state: *row, jobs: map[string]*store.Job{}, steps: map[string]*store.Step{},
 		active: map[string]*store.Step{}, results: map[string]*result{}, counts: map[string]int{},
-		signalled: make(chan struct{}), gone: make(chan struct{}), moved: make(chan struct{}), live: 1, refused: map[*store.Job]bool{},
+		signalled: make(chan struct{}), gone: make(chan struct{}), moved: make(chan struct{}), live: 1, refused: map[string]refusedJob{},
 	}
 	r.ctx, r.stop = context.WithCancelCause(e.base)
 	r.span = trace.SpanFromContext(r.ctx)
@@ -353,14 +359,23 @@ func (r *run) waiting() []*store.Step {
 
 // noteJob adds a job's state to the next record.
 func (r *run) noteJob(j *store.Job, isNew bool) {
-	c := *j
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.noteJobLocked(j, isNew)
+}
+
+// noteJobLocked is noteJob with r.mu held.
+func (r *run) noteJobLocked(j *store.Job, isNew bool) {
+	c := *j
 	r.jobs[j.StepPath] = j
 	b := r.next
 	b.dirty = true
 	if i, ok := b.jobSet[c.ID]; ok {
 		*b.jobs[i] = c // the record holds this very pointer
+		if at := slices.Index(b.rec.ChangedJobs, b.jobs[i]); isNew && at >= 0 {
+			b.rec.ChangedJobs = slices.Delete(b.rec.ChangedJobs, at, at+1)
+			b.rec.NewJobs = append(b.rec.NewJobs, b.jobs[i])
+		}
 		return
 	}
 	b.jobSet[c.ID] = len(b.jobs)
@@ -439,28 +454,25 @@ func (r *run) forward() (*batch, error) {
 	b.wanted = true
 	if r.inflight == nil {
 		r.inflight = b
+		if b.rec.UpdateRow != nil {
+			r.take() // what its table refuses is this step's alone
+		}
 		r.push(outgoing{batch: b})
 	}
 	return b, nil
 }
 
-// settle waits for the append in progress, whose outcome decides how the run ends. What gathers meanwhile is written with
-// the end, even if it was to follow at once.
+// settle waits for the append in progress, whose outcome decides how the run ends, and returns with r.mu held. What gathers
+// meanwhile is written with the end, even if it was to follow at once.
 func (r *run) settle() {
 	r.mu.Lock()
-	b := r.inflight
-	if b == r.next {
-		b = nil // the end goes along
+	for b := r.inflight; b != nil && b != r.next; b = r.inflight {
+		r.settling = true
+		r.mu.Unlock()
+		<-b.done
+		r.mu.Lock()
 	}
-	r.settling = b != nil
-	r.mu.Unlock()
-	if b == nil {
-		return
-	}
-	<-b.done
-	r.mu.Lock()
 	r.settling = false
-	r.mu.Unlock()
 }
 
 // outgone waits until nothing is on its way to the journal: the next owner has to find it there.
@@ -643,7 +655,7 @@ func (r *run) fail(b *batch) {
 		isNew[j] = true
 	}
 	for _, j := range b.jobs {
-		r.refused[j] = isNew[j]
+		r.refused[j.ID] = refusedJob{j, isNew[j] || r.refused[j.ID].isNew}
 	}
 	r.fatal = fault.Wrap(b.err, fault.Internal, "the database does not take what the run holds: %v", b.err)
 	r.stop(r.fatal)
@@ -728,9 +740,8 @@ func (r *run) protect(f func() error) (err error) {
 func (r *run) conclude(err error) {
 	output, err := r.output(err)
 	r.endLeftovers()
-	r.settle()
 	for try := range 3 {
-		r.mu.Lock()
+		r.settle()
 		change := &store.RunChange{CompletedAt: r.e.Clock.Now()}
 		asked, cancelled := errors.AsType[*cancelledError](context.Cause(r.ctx))
 		switch {
@@ -747,17 +758,15 @@ func (r *run) conclude(err error) {
 			change.StartedAt, change.Retry = r.next.rec.Run.StartedAt, r.next.rec.Run.Retry
 		}
 		refused := r.refused
-		r.refused = map[*store.Job]bool{}
-		r.mu.Unlock()
-		if try == 1 {
-			for j, isNew := range refused {
-				bare := *j
+		r.refused = map[string]refusedJob{}
+		if try < 2 {
+			for _, j := range refused {
+				bare := *j.job
 				bare.Input, bare.Output, bare.ResourceUsage, bare.SecurityContext, bare.Usage, bare.Security = nil, nil, nil, nil, nil, nil
 				bare.Status, bare.Err, bare.CompletedAt = store.Failed, r.fatal, change.CompletedAt
-				r.noteJob(&bare, isNew)
+				r.noteJobLocked(&bare, j.isNew)
 			}
 		}
-		r.mu.Lock()
 		r.state.Status, r.state.Output, r.state.Err, r.state.CompletedAt = change.Status, change.Output, change.Err, change.CompletedAt
 		if r.next.rec.Create != nil {
 			// Nothing was durable before the end: the run is created as it ended.

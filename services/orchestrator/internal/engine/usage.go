@@ -21,17 +21,44 @@ func protoJSON(m proto.Message) json.RawMessage {
 	return b
 }
 
-// keepUsage and keepSecurity give a job what is stored of it, and what that was made of for whoever asks here.
+// keepUsage and keepSecurity give a job what is stored of it, and what that was made of for whoever asks here. Fields that this version
+// does not know are not stored, and nobody has bounded or masked them.
 func keepUsage(job *store.Job, u *runnerv1.ResourceUsage) {
+	u.ProtoReflect().SetUnknown(nil)
 	if job.Usage, job.ResourceUsage = u, protoJSON(u); job.ResourceUsage == nil {
 		job.Usage = nil
 	}
 }
 
 func keepSecurity(job *store.Job, s *runnerv1.SecurityContext) {
+	dropUnknown(s.ProtoReflect())
 	if job.Security, job.SecurityContext = s, protoJSON(s); job.SecurityContext == nil {
 		job.Security = nil
 	}
+}
+
+// dropUnknown drops fields that this version does not know, in all that a message holds.
+func dropUnknown(m protoreflect.Message) {
+	m.SetUnknown(nil)
+	m.Range(func(fd protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		switch {
+		case fd.Message() == nil:
+		case fd.IsMap():
+			if fd.MapValue().Message() != nil {
+				v.Map().Range(func(_ protoreflect.MapKey, v protoreflect.Value) bool {
+					dropUnknown(v.Message())
+					return true
+				})
+			}
+		case fd.IsList():
+			for i := range v.List().Len() {
+				dropUnknown(v.List().Get(i).Message())
+			}
+		default:
+			dropUnknown(v.Message())
+		}
+		return true
+	})
 }
 
 // mostUsed is more than an attempt uses of anything, in any unit.

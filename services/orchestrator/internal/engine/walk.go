@@ -207,10 +207,12 @@ func (r *run) branchOut(ctx context.Context, n, limit int, waitAll bool, branch 
 			deepen()
 			defer end()
 			err := r.protect(func() error { return branch(ctx, i) })
+			// What the branch did last must not wait for its slower siblings. What the last of them did is written with what
+			// follows.
 			if err == nil && done.Add(1) < int64(n) {
-				// What the branch did last must not wait for its slower siblings. What the last of them did is written with what
-				// follows.
 				_, err = r.forward()
+			} else if err != nil && waitAll && !errors.Is(err, ErrHandBack) {
+				_, _ = r.forward() // the branch has its error
 			}
 			if err == nil {
 				return
@@ -337,7 +339,9 @@ func (r *run) update(ctx context.Context, n *plan.Update, f *frame) error {
 	}
 	s := r.newStep(key, stepUpdate)
 	s.Status, s.Data, s.CompletedAt = store.Completed, data, r.e.Clock.Now()
-	r.mu.Lock()
+	if err := r.lockForUpdate(ctx); err != nil {
+		return err
+	}
 	r.setRow(set)
 	r.noteStepLocked(s)
 	b := r.next
@@ -356,6 +360,26 @@ func (r *run) update(ctx context.Context, n *plan.Update, f *frame) error {
 		return fault.Wrap(b.rowErr, fault.Validation, "%s: the row of %s could not be updated: %v", key, r.plan.Entity.Name, b.rowErr)
 	}
 	return nil
+}
+
+// lockForUpdate locks r.mu once no other step's update gathers in the next record: the table would refuse both where it refuses one.
+func (r *run) lockForUpdate(ctx context.Context) error {
+	for {
+		r.mu.Lock()
+		b := r.next
+		if b.rec.UpdateRow == nil {
+			return nil
+		}
+		r.mu.Unlock()
+		if _, err := r.forward(); err != nil {
+			return err
+		}
+		select {
+		case <-b.done:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // setRow changes the row as the run sees it. Rows are replaced, never changed, as an

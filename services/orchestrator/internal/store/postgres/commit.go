@@ -272,8 +272,8 @@ func (s *Store) queue(b *pgx.Batch, records []*store.Record) {
 	for _, wave := range ended {
 		slices.SortFunc(wave, func(a, b *store.Job) int { return cmp.Compare(a.ID, b.ID) })
 	}
-	// A statement does not see what it inserts itself.
-	if len(ended) > 1 || overlap(fresh, changed) {
+	// A statement does not see what it inserts itself, nor what comes behind it.
+	if len(ended) > 1 || overlap(fresh, changed) || overlap(full, changed) || overlap(adopted, changed) {
 		s.queueParts(b, runs, nil, nil)
 		queueRows(b, s.sql.insertNewJobs, newJobColumns, fresh, false)
 	} else {

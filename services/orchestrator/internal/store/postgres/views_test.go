@@ -178,6 +178,26 @@ func TestStatistics(t *testing.T) {
 	require.Empty(t, view(t, st, "SELECT * FROM jobs.tb_job_stat"))
 }
 
+// TestStatisticsWithoutTimes: jobs that end together and never began are in no histogram.
+func TestStatisticsWithoutTimes(t *testing.T) {
+	st := openTest(t)
+	require.NoError(t, run(t, st, "INSERT INTO jobs.tb_workflow_run (id) VALUES ('"+runOne+"')"))
+	require.NoError(t, run(t, st, `INSERT INTO jobs.tb_job_run (run_id, step_path, service_name, operation, execution_type, status)
+		SELECT '`+runOne+`', i::text, 'a', 'op', 'http', 'running' FROM generate_series(1, 3) AS i`))
+	require.NoError(t, run(t, st, "UPDATE jobs.tb_job_run SET status = 'cancelled', duration_seconds = CASE WHEN step_path = '3' THEN 2 END"))
+	sums := func() any {
+		t.Helper()
+		return []any{
+			view(t, st, "SELECT sum(jobs) AS jobs, coalesce(sum(timed_jobs), 0) AS timed FROM jobs.tb_job_stat"),
+			view(t, st, "SELECT slot, sum(n) AS n FROM jobs.tb_job_stat, unnest(slots, slot_jobs) AS u (slot, n) WHERE n IS NOT NULL GROUP BY slot ORDER BY slot"),
+			view(t, st, "SELECT p95_duration_seconds FROM jobs.v_execution_performance_by_type"),
+		}
+	}
+	followed := sums()
+	require.NoError(t, run(t, st, "SELECT jobs.fn_stat_recount()"))
+	require.Equal(t, sums(), followed)
+}
+
 // TestStatisticsOfOneRow: statements of one row and of several leave the sums that counting anew gives, whatever they change.
 func TestStatisticsOfOneRow(t *testing.T) {
 	st := openTest(t)

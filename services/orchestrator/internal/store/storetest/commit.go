@@ -91,6 +91,23 @@ func testOneRecordHoldsAll(t *testing.T, st store.Store) {
 	require.EqualValues(t, 6, row["amount"])
 }
 
+// testNewJobThatChanged has jobs begin and change in one record, whatever they begin with.
+func testNewJobThatChanged(t *testing.T, st store.Store) {
+	run := newRun()
+	r := create(run)
+	var want []*store.Job
+	for _, next := range []time.Time{{}, day.Add(time.Hour)} {
+		job := newJob(run)
+		job.NextAttemptAt = next
+		done := *job
+		done.Status, done.Output, done.CompletedAt, done.NextAttemptAt = store.Completed, json.RawMessage(`1`), day, time.Time{}
+		r.NewJobs, r.ChangedJobs = append(r.NewJobs, job), append(r.ChangedJobs, &done)
+		want = append(want, &done)
+	}
+	commit(t, st, r)
+	requireEqual(t, want, history(t, st, run.ID).Jobs)
+}
+
 func testRunChange(t *testing.T, st store.Store) {
 	run := newRun()
 	run.Status, run.StartedAt = store.Pending, time.Time{}

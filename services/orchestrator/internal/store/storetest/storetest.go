@@ -62,6 +62,7 @@ func Run(t *testing.T, open func(*testing.T) store.Store, options ...Option) {
 		{"JobRoundTrip", testJobRoundTrip},
 		{"StepRoundTrip", testStepRoundTrip},
 		{"OneRecordHoldsAll", testOneRecordHoldsAll},
+		{"NewJobThatChanged", testNewJobThatChanged},
 		{"RunChange", testRunChange},
 		{"Retry", testRetry},
 		{"Fencing", testFencing},
