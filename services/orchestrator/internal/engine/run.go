@@ -424,14 +424,26 @@ func (r *run) note(f func(rec *store.Record)) {
 // flush makes everything noted so far durable. Appends of one run follow each other: while
 // one is in progress, what all branches note meanwhile gathers in the next.
 func (r *run) flush(ctx context.Context) error {
-	b, err := r.forward()
+	r.mu.Lock()
+	b, err := r.want()
 	if b == nil || err != nil {
+		r.mu.Unlock()
 		return err
 	}
+	// Where nothing goes before the record, who waits for it passes it on itself: no goroutine has to be begun and woken for it.
+	own := !r.pumping && len(r.out) > 0
+	r.pumping = r.pumping || own
+	r.mu.Unlock()
 	_, span := telemetry.Start(ctx, "journal")
 	defer span.End()
 	before := telemetry.Enter(ctx, "journal")
 	defer telemetry.Enter(ctx, before)
+	if own {
+		if r.pump(b); b.err != nil {
+			return b.err
+		}
+		return context.Cause(ctx)
+	}
 	select {
 	case <-b.done:
 		return b.err
@@ -440,10 +452,18 @@ func (r *run) flush(ctx context.Context) error {
 	}
 }
 
-// forward puts everything noted so far on its way, and returns what is to be waited for; nil for nothing.
-func (r *run) forward() (*batch, error) {
+// forward puts everything noted so far on its way, and waits for nothing.
+func (r *run) forward() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	_, err := r.want()
+	r.startPump()
+	return err
+}
+
+// want asks for everything noted so far to be written, and returns what is to be waited for; nil for nothing. It is for the
+// caller to see to it that what is on its way then is passed on. r.mu is held.
+func (r *run) want() (*batch, error) {
 	if r.lost != nil {
 		return nil, fmt.Errorf("%w: %w", ErrHandBack, r.lost)
 	}
@@ -457,7 +477,7 @@ func (r *run) forward() (*batch, error) {
 		if b.rec.UpdateRow != nil {
 			r.take() // what its table refuses is this step's alone
 		}
-		r.push(outgoing{batch: b})
+		r.out = append(r.out, outgoing{batch: b})
 	}
 	return b, nil
 }
@@ -548,14 +568,20 @@ func (r *run) append(b *batch) error {
 // push puts something on its way to the journal. r.mu is held.
 func (r *run) push(o outgoing) {
 	r.out = append(r.out, o)
-	if !r.pumping {
+	r.startPump()
+}
+
+// startPump sees to it that what waits is passed on. r.mu is held.
+func (r *run) startPump() {
+	if !r.pumping && len(r.out) > 0 {
 		r.pumping = true
-		go r.pump()
+		go r.pump(nil)
 	}
 }
 
-// pump passes on to the journal what waits, in order, until nothing does.
-func (r *run) pump() {
+// pump passes on to the journal what waits, in order, until nothing does. It returns once the batch own is written, for which its
+// caller waits; another one goes on with what has come meanwhile.
+func (r *run) pump(own *batch) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for len(r.out) > 0 {
@@ -571,7 +597,11 @@ func (r *run) pump() {
 			r.mu.Unlock()
 			b.err = r.append(b)
 			r.mu.Lock()
-			r.appended(b)
+			if r.appended(b); b == own {
+				r.pumping = false
+				r.startPump()
+				return
+			}
 			continue
 		}
 		var lines []*store.LogLine
@@ -612,9 +642,11 @@ func (r *run) gather() {
 
 // shift takes the first n of what waits away. r.mu is held.
 func (r *run) shift(n int) {
+	if len(r.out) >= maxOutgoing { // somebody may wait for room
+		close(r.moved)
+		r.moved = make(chan struct{})
+	}
 	r.out = slices.Delete(r.out, 0, n)
-	close(r.moved)
-	r.moved = make(chan struct{})
 }
 
 // appended sees to what follows a batch, and takes the next one where it is wanted by then.

@@ -210,9 +210,9 @@ func (r *run) branchOut(ctx context.Context, n, limit int, waitAll bool, branch 
 			// What the branch did last must not wait for its slower siblings. What the last of them did is written with what
 			// follows.
 			if err == nil && done.Add(1) < int64(n) {
-				_, err = r.forward()
+				err = r.forward()
 			} else if err != nil && waitAll && !errors.Is(err, ErrHandBack) {
-				_, _ = r.forward() // the branch has its error
+				_ = r.forward() // the branch has its error
 			}
 			if err == nil {
 				return
@@ -371,7 +371,7 @@ func (r *run) lockForUpdate(ctx context.Context) error {
 			return nil
 		}
 		r.mu.Unlock()
-		if _, err := r.forward(); err != nil {
+		if err := r.forward(); err != nil {
 			return err
 		}
 		select {

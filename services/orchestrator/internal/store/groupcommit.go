@@ -128,11 +128,15 @@ func (j *Journal) wait(ctx context.Context, e *entry) error {
 		return err
 	}
 	select {
-	case j.places <- struct{}{}:
-	case <-j.closed:
-		return ErrClosed
-	case <-ctx.Done():
-		return ctx.Err()
+	case j.places <- struct{}{}: // nearly always: one case alone is quick
+	default:
+		select {
+		case j.places <- struct{}{}:
+		case <-j.closed:
+			return ErrClosed
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 	j.mu.Lock()
 	if j.isClosed {
@@ -144,6 +148,9 @@ func (j *Journal) wait(ctx context.Context, e *entry) error {
 	j.mu.Unlock()
 	j.signal()
 
+	if ctx.Done() == nil {
+		return <-e.done
+	}
 	select {
 	case err := <-e.done:
 		return err
