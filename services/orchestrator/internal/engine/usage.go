@@ -1,44 +1,43 @@
 package engine
 
 import (
-	"encoding/json"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
-// protoJSON is the stored form of usage and security: JSON with the protos' field names.
-func protoJSON(m proto.Message) json.RawMessage {
-	b, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(m)
-	if err != nil {
-		return nil
-	}
-	return b
-}
-
 // keepUsage and keepSecurity give a job what is stored of it, and what that was made of for whoever asks here. Fields that this version
 // does not know are not stored, and nobody has bounded or masked them.
 func keepUsage(job *store.Job, u *runnerv1.ResourceUsage) {
 	u.ProtoReflect().SetUnknown(nil)
-	if job.Usage, job.ResourceUsage = u, protoJSON(u); job.ResourceUsage == nil {
+	if job.Usage, job.ResourceUsage = u, usageJSON(u); job.ResourceUsage == nil {
 		job.Usage = nil
 	}
 }
 
 func keepSecurity(job *store.Job, s *runnerv1.SecurityContext) {
-	dropUnknown(s.ProtoReflect())
-	if job.Security, job.SecurityContext = s, protoJSON(s); job.SecurityContext == nil {
+	dropUnknown(s)
+	if job.Security, job.SecurityContext = s, securityJSON(s); job.SecurityContext == nil {
 		job.Security = nil
 	}
 }
 
-// dropUnknown drops fields that this version does not know, in all that a message holds.
-func dropUnknown(m protoreflect.Message) {
+// dropUnknown drops fields that this version does not know, in all that it holds.
+func dropUnknown(s *runnerv1.SecurityContext) {
+	s.ProtoReflect().SetUnknown(nil)
+	for _, c := range s.GetChecks() {
+		c.ProtoReflect().SetUnknown(nil)
+		for _, change := range c.GetAllowedBy() {
+			dropAllUnknown(change.ProtoReflect()) // rare, and it holds values of any kind
+		}
+	}
+}
+
+func dropAllUnknown(m protoreflect.Message) {
 	m.SetUnknown(nil)
 	m.Range(func(fd protoreflect.FieldDescriptor, v protoreflect.Value) bool {
 		switch {
@@ -46,16 +45,16 @@ func dropUnknown(m protoreflect.Message) {
 		case fd.IsMap():
 			if fd.MapValue().Message() != nil {
 				v.Map().Range(func(_ protoreflect.MapKey, v protoreflect.Value) bool {
-					dropUnknown(v.Message())
+					dropAllUnknown(v.Message())
 					return true
 				})
 			}
 		case fd.IsList():
 			for i := range v.List().Len() {
-				dropUnknown(v.List().Get(i).Message())
+				dropAllUnknown(v.List().Get(i).Message())
 			}
 		default:
-			dropUnknown(v.Message())
+			dropAllUnknown(v.Message())
 		}
 		return true
 	})
@@ -67,13 +66,17 @@ const mostUsed = 1e12
 // dropAbsurd clears figures of a runner that nothing can be counted with: sums of them would be no numbers, and reports, alerts
 // and budgets of everybody with them.
 func dropAbsurd(u *runnerv1.ResourceUsage) {
-	m := u.ProtoReflect()
-	m.Range(func(fd protoreflect.FieldDescriptor, v protoreflect.Value) bool {
-		if fd.Kind() == protoreflect.DoubleKind && !fd.IsList() && !(v.Float() >= 0 && v.Float() <= mostUsed) { // NaN is neither
-			m.Clear(fd)
+	if u == nil {
+		return
+	}
+	for _, f := range [...]**float64{
+		&u.DurationSeconds, &u.CpuSeconds, &u.CpuUsagePercent, &u.MemoryMb, &u.PeakMemoryMb, &u.DiskReadMb, &u.DiskWriteMb,
+		&u.NetworkRxMb, &u.NetworkTxMb, &u.RequestBytes, &u.ResponseBytes, &u.BilledDurationMs, &u.CostUsd,
+	} {
+		if *f != nil && !(**f >= 0 && **f <= mostUsed) { // NaN is neither
+			*f = nil
 		}
-		return true
-	})
+	}
 }
 
 // restoreUsage reads what earlier attempts used.
