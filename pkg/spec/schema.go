@@ -17,7 +17,10 @@ import (
 type Schema struct {
 	doc      map[string]any
 	compiled *jsonschema.Schema
+	plain    *plainSchema // nil where it says more
 	keys     []string
+	// defaults says that there are some.
+	defaults bool
 }
 
 // Violation is one way in which a value does not match.
@@ -299,7 +302,7 @@ func NewSchema(doc map[string]any) (s *Schema, err error) {
 		return nil, err
 	}
 	properties, _ := doc["properties"].(map[string]any)
-	return &Schema{doc: doc, compiled: compiled, keys: slices.Sorted(maps.Keys(properties))}, nil
+	return &Schema{doc: doc, compiled: compiled, plain: plain(doc), keys: slices.Sorted(maps.Keys(properties)), defaults: hasDefaults(doc, 0)}, nil
 }
 
 // schemaFault makes one line of an error of the compiler.
@@ -373,6 +376,9 @@ func (s *Schema) Validate(v any) []Violation {
 	if fault := checkValue(v, 0); fault != "" {
 		return []Violation{{Message: fault}}
 	}
+	if s.plain.holds(v) {
+		return nil
+	}
 	err := s.compiled.Validate(v)
 	if err == nil {
 		return nil
@@ -386,10 +392,28 @@ func (s *Schema) Validate(v any) []Violation {
 
 // ApplyDefaults returns the input with the defaults of what it leaves out, also inside objects that are there. The input is not changed.
 func (s *Schema) ApplyDefaults(input map[string]any) map[string]any {
-	if s == nil {
+	if s == nil || !s.defaults && input != nil {
 		return input
 	}
 	return applyDefaults(s.doc, input, 0)
+}
+
+// hasDefaults says whether [applyDefaults] may find some.
+func hasDefaults(doc map[string]any, depth int) bool {
+	properties, _ := doc["properties"].(map[string]any)
+	if depth > MaxDepth {
+		return false
+	}
+	for _, property := range properties {
+		p, ok := property.(map[string]any)
+		if !ok {
+			continue
+		}
+		if _, there := p["default"]; there || hasDefaults(p, depth+1) {
+			return true
+		}
+	}
+	return false
 }
 
 func applyDefaults(doc, input map[string]any, depth int) map[string]any {

@@ -2,7 +2,10 @@ package spec_test
 
 import (
 	"encoding/json"
+	"maps"
 	"math"
+	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -117,6 +120,120 @@ func TestDefaultsDoNotChangeTheInput(t *testing.T) {
 	first["a"].(map[string]any)["x"] = "changed"
 	require.Equal(t, map[string]any{"a": map[string]any{"x": []any{int64(1)}}}, s.ApplyDefaults(nil))
 	require.Equal(t, map[string]any{"a": nil}, s.ApplyDefaults(map[string]any{"a": nil}), "null is a value")
+}
+
+func TestSchemasWithoutDefaultsLeaveTheInputAlone(t *testing.T) {
+	s, problems := schema(t, "{a: {b: integer}, c: 'string?'}")
+	require.Empty(t, problems)
+	in := map[string]any{"a": map[string]any{}}
+	require.Equal(t, in, s.ApplyDefaults(in))
+	require.Equal(t, map[string]any{}, s.ApplyDefaults(nil))
+	nested, problems := schema(t, "{a: {b: {type: integer, default: 3}}}")
+	require.Empty(t, problems)
+	require.Equal(t, map[string]any{"a": map[string]any{"b": int64(3)}}, nested.ApplyDefaults(in))
+	require.Equal(t, map[string]any{"a": map[string]any{}}, in)
+}
+
+// Schemas of types alone, which are checked without the library, say of every value what it says: it checks the same schema with a
+// comment in it.
+func TestPlainSchemasSayWhatTheLibrarySays(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // the same each time
+	types := []any{"null", "boolean", "integer", "number", "string", "array", "object"}
+	names := []string{"a", "b", "c"}
+	var document func(depth int) map[string]any
+	document = func(depth int) map[string]any {
+		doc := map[string]any{}
+		switch r.IntN(4) {
+		case 0:
+		case 1:
+			first := r.IntN(len(types) - 1)
+			doc["type"] = types[first : first+1+r.IntN(2)]
+		case 2:
+			doc["type"] = types[r.IntN(len(types))]
+		case 3:
+			doc["type"] = []any{"array", "object"}[r.IntN(2)]
+		}
+		if r.IntN(3) == 0 {
+			doc["required"] = []any{names[r.IntN(3)]}
+		}
+		if r.IntN(4) == 0 {
+			doc["description"] = "x"
+		}
+		if depth == 0 {
+			return doc
+		}
+		if r.IntN(2) == 0 {
+			properties := map[string]any{}
+			for range r.IntN(3) {
+				properties[names[r.IntN(3)]] = document(depth - 1)
+			}
+			doc["properties"] = properties
+		}
+		if r.IntN(2) == 0 {
+			doc["items"] = document(depth - 1)
+		}
+		if r.IntN(8) == 0 {
+			doc["additionalProperties"] = false
+		}
+		return doc
+	}
+	leaves := []any{
+		nil, true, "", "x", 0, int64(-3), uint64(math.MaxUint64), int32(1), uint32(1), 1.0, -0.5, 1e300, math.NaN(), math.Inf(1),
+		struct{}{},
+		json.Number("0"), json.Number("-7"), json.Number("007"), json.Number("1.0"), json.Number("1.5"), json.Number("1e3"), json.Number("-0"),
+		json.Number("123456789012345678901234567890"), json.Number("NaN"), json.Number("-"), json.Number(""), json.Number("1e400"), json.Number("x"),
+	}
+	var value func(depth int) any
+	value = func(depth int) any {
+		switch kind := r.IntN(4); {
+		case depth > 0 && kind == 0:
+			list := []any{}
+			for range r.IntN(3) {
+				list = append(list, value(depth-1))
+			}
+			return list
+		case depth > 0 && kind < 3:
+			object := map[string]any{}
+			for range r.IntN(4) {
+				object[names[r.IntN(3)]] = value(depth - 1)
+			}
+			return object
+		}
+		return leaves[r.IntN(len(leaves))]
+	}
+	matched := 0
+	for range 3000 {
+		doc := document(3)
+		s, err := spec.NewSchema(doc)
+		require.NoError(t, err)
+		commented := maps.Clone(doc)
+		commented["$comment"] = "not of types alone"
+		library, err := spec.NewSchema(commented)
+		require.NoError(t, err)
+		for range 20 {
+			v := value(3)
+			want := library.Validate(v)
+			if want == nil {
+				matched++
+			}
+			got := s.Validate(v)
+			if want != nil && strings.HasPrefix(want[0].Message, "the value holds") { // which of several is named is chance
+				require.Len(t, got, 1)
+				continue
+			}
+			require.Equal(t, want, got, "%v of %v", v, doc)
+		}
+	}
+	require.Greater(t, matched, 1000)
+}
+
+func BenchmarkPlainSchema(b *testing.B) {
+	s, err := spec.NewSchema(map[string]any{"type": "object", "properties": map[string]any{"n": map[string]any{"type": "integer"}}, "required": []any{"n"}})
+	require.NoError(b, err)
+	v := map[string]any{"n": json.Number("10")}
+	for b.Loop() {
+		s.Validate(v)
+	}
 }
 
 func TestSchemaAsJSON(t *testing.T) {
