@@ -55,11 +55,24 @@ func value(raw json.RawMessage) *structpb.Value {
 	if json.Unmarshal(raw, &plain) != nil {
 		return nil
 	}
+	return valueOf(plain)
+}
+
+// valueOf is nil for what JSON does not have.
+func valueOf(plain any) *structpb.Value {
 	v, err := structpb.NewValue(plain)
 	if err != nil {
 		return nil
 	}
 	return v
+}
+
+// output of a job, which was read already where it ended here.
+func output(j *store.Job) *structpb.Value {
+	if j.OutputValue != nil {
+		return valueOf(j.OutputValue)
+	}
+	return value(j.Output)
 }
 
 func object(raw json.RawMessage) *structpb.Struct {
@@ -92,7 +105,7 @@ func jobProto(j *store.Job) *specqlv1.Job {
 		Id: j.ID, RunId: j.RunID, StepPath: j.StepPath, Service: j.Service, Operation: j.Operation,
 		ExecutionType: j.ExecutionType, Status: statusProto(j.Status),
 		Attempts: int32(j.Attempts), MaxAttempts: int32(j.MaxAttempts), //nolint:gosec // bounded
-		Input: object(j.Input), Output: value(j.Output), Error: j.Err.ToProto(), IdempotencyKey: j.IdempotencyKey,
+		Input: object(j.Input), Output: output(j), Error: j.Err.ToProto(), IdempotencyKey: j.IdempotencyKey,
 		CreatedAt: timeProto(j.CreatedAt), StartedAt: timeProto(j.StartedAt), CompletedAt: timeProto(j.CompletedAt),
 	}
 	lenient := protojson.UnmarshalOptions{DiscardUnknown: true}

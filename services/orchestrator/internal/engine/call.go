@@ -37,6 +37,8 @@ type Outcome struct {
 	Again, LimitsChanged bool
 	// Queued is how long it was until a runner began the attempt; 0 where none did.
 	Queued time.Duration
+	// value is what Output was read as when it was checked.
+	value any
 	// took is how long it was in all; the engine measures it.
 	took time.Duration
 }
@@ -49,11 +51,14 @@ func (r *run) call(ctx context.Context, n *plan.Call, f *frame) error {
 		return err
 	}
 	res := &result{err: job.Err}
-	if job.Status == store.Completed {
+	switch {
+	case job.Status == store.Completed && job.OutputValue != nil:
+		res.output = job.OutputValue
+	case job.Status == store.Completed:
 		if res.output, err = decode(job.Output); err != nil {
 			return fault.Wrap(err, fault.Internal, "%s: the recorded output is damaged", key)
 		}
-	} else if res.err == nil {
+	case res.err == nil:
 		res.err = fault.New(fault.Internal, "the job ended as %s without an error", job.Status)
 	}
 	r.mu.Lock()
@@ -355,7 +360,8 @@ func (r *run) attempts(ctx context.Context, n *plan.Call, job *store.Job) (*stor
 			keepSecurity(job, out.Security)
 		}
 		if out.Err == nil {
-			job.Status, job.Output, job.Err, job.CompletedAt = store.Completed, out.Output, nil, r.e.Clock.Now()
+			job.Status, job.Err, job.CompletedAt = store.Completed, nil, r.e.Clock.Now()
+			job.Output, job.OutputValue = out.Output, out.value
 			r.noteJob(job, false)
 			return job, nil
 		}
@@ -427,32 +433,33 @@ func (r *run) ended(ctx context.Context, job *store.Job, cause error, err *fault
 	return job, nil
 }
 
-func (r *run) checkOutput(n *plan.Call, output json.RawMessage) *fault.Error {
+// checkOutput reads what a call gave.
+func checkOutput(n *plan.Call, output json.RawMessage) (value any, bad *fault.Error) {
 	if len(output) > MaxPayload {
-		return fault.New(fault.Validation, "the output has %d bytes; at most %d are kept", len(output), MaxPayload)
+		return nil, fault.New(fault.Validation, "the output has %d bytes; at most %d are kept", len(output), MaxPayload)
 	}
 	if depth(output) > MaxNesting {
-		return fault.New(fault.Validation, "the output is nested deeper than %d", MaxNesting)
+		return nil, fault.New(fault.Validation, "the output is nested deeper than %d", MaxNesting)
 	}
-	v, err := decode(output)
+	value, err := decode(output)
 	if err != nil {
-		return fault.Wrap(err, fault.Validation, "output: %v", err)
+		return nil, fault.Wrap(err, fault.Validation, "output: %v", err)
 	}
-	if at, number := beyondFloat(v); number != "" {
-		return fault.New(fault.Validation, "output%s: %s is beyond the numbers that can be told from infinity; send it as a string", at, clip(string(number), 40))
+	if at, number := beyondFloat(value); number != "" {
+		return nil, fault.New(fault.Validation, "output%s: %s is beyond the numbers that can be told from infinity; send it as a string", at, clip(string(number), 40))
 	}
 	if n.Operation.Output == nil {
-		return nil
+		return value, nil
 	}
-	vs := n.Operation.Output.Validate(v)
+	vs := n.Operation.Output.Validate(value)
 	if len(vs) == 0 {
-		return nil
+		return value, nil
 	}
 	e := fault.New(fault.Validation, "output: %s", vs[0].String())
 	if len(vs) > 1 {
 		e.Message += fmt.Sprintf(" (and %d more)", len(vs)-1)
 	}
-	return e
+	return nil, e
 }
 
 // backoff is the pause before the attempt after n: exponential with full jitter, and never

@@ -794,7 +794,7 @@ func (r *run) conclude(err error) {
 		if try < 2 {
 			for _, j := range refused {
 				bare := *j.job
-				bare.Input, bare.Output, bare.ResourceUsage, bare.SecurityContext, bare.Usage, bare.Security = nil, nil, nil, nil, nil, nil
+				bare.Input, bare.Output, bare.OutputValue, bare.ResourceUsage, bare.SecurityContext, bare.Usage, bare.Security = nil, nil, nil, nil, nil, nil, nil
 				bare.Status, bare.Err, bare.CompletedAt = store.Failed, r.fatal, change.CompletedAt
 				r.noteJobLocked(&bare, j.isNew)
 			}

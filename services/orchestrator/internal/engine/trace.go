@@ -80,8 +80,11 @@ func (r *run) endTrace(end *store.RunChange) {
 
 // startCall begins the span of a job.
 func (r *run) startCall(ctx context.Context, job *store.Job) (context.Context, trace.Span) {
+	if !trace.SpanFromContext(ctx).IsRecording() {
+		return ctx, trace.SpanFromContext(context.Background())
+	}
 	id, err := uuid.Parse(job.ID)
-	if err != nil || !trace.SpanFromContext(ctx).IsRecording() {
+	if err != nil {
 		return ctx, trace.SpanFromContext(context.Background())
 	}
 	return telemetry.StartAs(ctx, r.e.TracerProvider, telemetry.IDs(id, 0), "call", trace.WithTimestamp(job.CreatedAt), trace.WithAttributes(
@@ -118,7 +121,7 @@ func (r *run) dispatch(ctx context.Context, n *plan.Call, job *store.Job, reserv
 	if out.Err == nil {
 		telemetry.Enter(ctx, "output_check")
 		_, check := telemetry.Start(ctx, "output check")
-		out.Err = r.checkOutput(n, out.Output)
+		out.value, out.Err = checkOutput(n, out.Output)
 		check.End()
 	}
 	telemetry.Enter(ctx, "orchestrator")

@@ -143,7 +143,9 @@ type Job struct {
 	RunnerConfig   json.RawMessage
 	Input          json.RawMessage
 	Output         json.RawMessage
-	Err            *fault.Error
+	// OutputValue is what Output was read as, with numbers as json.Number; nil where another process read it. It is not changed any more.
+	OutputValue any
+	Err         *fault.Error
 	// ResourceUsage and SecurityContext are the protos in JSON with proto field names; nil until known.
 	ResourceUsage   json.RawMessage
 	SecurityContext json.RawMessage
