@@ -17,6 +17,7 @@ import (
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
 	"github.com/specql/mesh/pkg/mesh"
+	"github.com/specql/mesh/pkg/runner/wire"
 )
 
 // stepKinds are what -steps measures, by execution type: what a runner adds to what it runs.
@@ -134,7 +135,7 @@ func (s *steps) startRunner(ctx context.Context, name string, args ...string) (_
 	}
 	streaming, end := context.WithCancel(ctx)
 	r.end = end
-	r.stream, err = runnerv1.NewRunnerServiceClient(r.conn).Execute(streaming)
+	r.stream, err = runnerv1.NewRunnerServiceClient(r.conn).Execute(streaming, grpc.ForceCodecV2(wire.Codec()))
 	return r, err
 }
 
@@ -169,7 +170,7 @@ func (r *stepRunner) streams(ctx context.Context, n int) (_ chan *stepRunner, en
 	all := make(chan *stepRunner, n)
 	for i := range n {
 		one := &stepRunner{name: fmt.Sprintf("%s-%d-%d", r.name, n, i)}
-		if one.stream, err = runnerv1.NewRunnerServiceClient(r.conn).Execute(streaming); err != nil {
+		if one.stream, err = runnerv1.NewRunnerServiceClient(r.conn).Execute(streaming, grpc.ForceCodecV2(wire.Codec())); err != nil {
 			end()
 			return nil, nil, err
 		}

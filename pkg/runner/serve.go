@@ -6,7 +6,10 @@ import (
 	"net"
 	"time"
 
+	"google.golang.org/grpc"
+
 	"github.com/specql/mesh/pkg/mesh"
+	"github.com/specql/mesh/pkg/runner/wire"
 	"github.com/specql/mesh/pkg/telemetry"
 )
 
@@ -24,6 +27,7 @@ func Serve(ctx context.Context, lis net.Listener, jr JobRunner, tls *mesh.Creden
 	log := telemetry.OrDiscard(o.Logger)
 	s := mesh.NewServer(tls, mesh.ServerOptions{
 		Logger: log, AllowedRoles: []string{mesh.RoleOrchestrator}, Registerer: o.Registerer, TracerProvider: o.TracerProvider, DrainTimeout: flushTimeout,
+		ServerOptions: []grpc.ServerOption{grpc.ForceServerCodecV2(wire.Codec())},
 	})
 	h := Register(s, jr, o)
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc"
 
 	runnerv1 "github.com/specql/mesh/gen/specql/runner/v1"
+	"github.com/specql/mesh/pkg/runner/wire"
 )
 
 const (
@@ -44,7 +45,7 @@ type session struct {
 // open opens the stream where it is new. It waits for a connection.
 func (s *session) open() (err error) {
 	if s.stream == nil {
-		s.stream, err = s.in.client.Execute(s.ctx, grpc.WaitForReady(true))
+		s.stream, err = s.in.client.Execute(s.ctx, grpc.WaitForReady(true), grpc.ForceCodecV2(wire.Codec()))
 	}
 	return err
 }
