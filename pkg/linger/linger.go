@@ -8,7 +8,8 @@ import (
 	"time"
 )
 
-// Queue calls a function for each value, on a goroutine of its own, a time after it was added and not much later. It is for
+// Queue calls a function for each value, on a goroutine of its own, a time after it was added and at most a quarter of that later: where
+// many are added, it looks a few times within that time, and not once for each of them. It is for
 // the function to see whether that is of interest still.
 type Queue[T any] struct {
 	after time.Duration
@@ -16,6 +17,7 @@ type Queue[T any] struct {
 
 	mu   sync.Mutex
 	list []item[T] // the oldest first
+	next *time.Timer
 	// spare is the room of a list that was given away.
 	spare []item[T]
 }
@@ -36,8 +38,17 @@ func (q *Queue[T]) Add(now time.Time, value T) {
 	defer q.mu.Unlock()
 	q.list = append(q.list, item[T]{value, now.Add(q.after)})
 	if len(q.list) == 1 {
-		time.AfterFunc(q.after, q.sweep)
+		q.wait(q.after)
 	}
+}
+
+// wait sweeps after a time. q.mu is held.
+func (q *Queue[T]) wait(d time.Duration) {
+	if q.next == nil {
+		q.next = time.AfterFunc(d, q.sweep)
+		return
+	}
+	q.next.Reset(d)
 }
 
 // sweep calls for what is due. Whoever adds to an empty queue starts it again.
@@ -52,7 +63,7 @@ func (q *Queue[T]) sweep() {
 	q.spare = nil
 	q.list = slices.Delete(q.list, 0, n) // what goes is cleared
 	if len(q.list) > 0 {
-		time.AfterFunc(q.list[0].due.Sub(now), q.sweep)
+		q.wait(max(q.list[0].due.Sub(now), q.after/4))
 	}
 	q.mu.Unlock()
 	for _, d := range due {

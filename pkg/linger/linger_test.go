@@ -36,6 +36,30 @@ func TestQueue(t *testing.T) {
 	})
 }
 
+// What is added bit by bit is looked for a few times, and each value comes a quarter of the time late at most.
+func TestManyAreSweptTogether(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const after, n = 100 * time.Millisecond, 1000
+		times := map[time.Time]bool{}
+		called := 0
+		q := linger.New(after, func(added time.Time) {
+			called++
+			times[time.Now()] = true
+			late := time.Since(added) - after
+			require.True(t, late >= 0 && late <= after/4, "%s late", late)
+		})
+		for range n {
+			q.Add(time.Now(), time.Now())
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		require.Equal(t, n, called)
+		require.LessOrEqual(t, len(times), n/25+1)
+	})
+}
+
 // What is added while others are called for is not forgotten.
 func TestAddWithin(t *testing.T) {
 	t.Parallel()
