@@ -3,6 +3,7 @@ package server
 import (
 	"cmp"
 	"context"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -41,6 +42,49 @@ type metrics struct {
 	alerts      *prometheus.CounterVec
 	denials     *prometheus.CounterVec
 	rules       *telemetry.Label
+
+	ofJobs     series[jobLabels, jobSeries]
+	ofAttempts series[string, attemptSeries]
+}
+
+// jobLabels are values of labels, bounded as these are.
+type jobLabels struct {
+	executionType, service string
+	status                 store.Status
+	code                   string
+}
+
+type jobSeries struct {
+	ended prometheus.Counter
+	took  prometheus.Observer
+}
+
+type attemptSeries struct {
+	inFlight     prometheus.Gauge
+	took, queued prometheus.Observer
+}
+
+// series keeps what belongs to the values of labels: each step asks for it, and to find it by the values takes a hash of each.
+type series[K comparable, S any] struct {
+	mu    sync.RWMutex
+	known map[K]S
+}
+
+func (s *series[K, S]) of(labels K, find func() S) S {
+	s.mu.RLock()
+	found, ok := s.known[labels]
+	s.mu.RUnlock()
+	if ok {
+		return found
+	}
+	found = find()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.known == nil {
+		s.known = map[K]S{}
+	}
+	s.known[labels] = found
+	return found
 }
 
 // newMetrics makes the figures of an orchestrator that has runners of these types.
@@ -121,24 +165,33 @@ func (m *metrics) RunEnded(ctx context.Context, status store.Status, took time.D
 }
 
 func (m *metrics) JobEnded(ctx context.Context, end *engine.JobEnd) {
-	executionType, service := m.types.Value(end.ExecutionType), m.services.Value(end.Service)
-	telemetry.Count(ctx, m.jobs.WithLabelValues(executionType, service, string(end.Status), cmp.Or(string(end.Code), "OK")), 1)
-	telemetry.Observe(ctx, m.jobDuration.WithLabelValues(executionType, string(end.Status)), end.Took)
+	l := jobLabels{m.types.Value(end.ExecutionType), m.services.Value(end.Service), end.Status, cmp.Or(string(end.Code), "OK")}
+	s := m.ofJobs.of(l, func() jobSeries {
+		return jobSeries{m.jobs.WithLabelValues(l.executionType, l.service, string(l.status), l.code), m.jobDuration.WithLabelValues(l.executionType, string(l.status))}
+	})
+	telemetry.Count(ctx, s.ended, 1)
+	telemetry.Observe(ctx, s.took, end.Took)
 	if end.CostUSD > 0 {
-		telemetry.Count(ctx, m.cost.WithLabelValues(executionType, service), end.CostUSD)
+		telemetry.Count(ctx, m.cost.WithLabelValues(l.executionType, l.service), end.CostUSD)
 	}
 }
 
-func (m *metrics) AttemptBegan(executionType string) {
-	m.inFlight.WithLabelValues(m.types.Value(executionType)).Inc()
+// ofAttempt are the figures of a type's attempts.
+func (m *metrics) ofAttempt(executionType string) attemptSeries {
+	executionType = m.types.Value(executionType)
+	return m.ofAttempts.of(executionType, func() attemptSeries {
+		return attemptSeries{m.inFlight.WithLabelValues(executionType), m.attempts.WithLabelValues(executionType), m.queued.WithLabelValues(executionType)}
+	})
 }
 
+func (m *metrics) AttemptBegan(executionType string) { m.ofAttempt(executionType).inFlight.Inc() }
+
 func (m *metrics) AttemptEnded(ctx context.Context, executionType string, queued, took time.Duration) {
-	executionType = m.types.Value(executionType)
-	m.inFlight.WithLabelValues(executionType).Dec()
-	telemetry.Observe(ctx, m.attempts.WithLabelValues(executionType), took)
+	s := m.ofAttempt(executionType)
+	s.inFlight.Dec()
+	telemetry.Observe(ctx, s.took, took)
 	if queued > 0 {
-		telemetry.Observe(ctx, m.queued.WithLabelValues(executionType), queued)
+		telemetry.Observe(ctx, s.queued, queued)
 	}
 }
 

@@ -117,8 +117,9 @@ type batch struct {
 	done   chan struct{}
 	err    error
 	// what to tell watchers once it is durable
-	jobs   []*store.Job
-	jobSet map[string]int
+	jobs []*store.Job
+	// places are those of the jobs by id, once they are many.
+	places map[string]int
 	row    store.Run
 	// rowErr says that the entity's table refused the row; the rest was written.
 	rowErr error
@@ -145,7 +146,7 @@ func newRun(e *Engine, row *store.Run, p *plan.Plan) *run {
 
 func (r *run) newBatch() *batch {
 	return &batch{
-		rec: &store.Record{RunID: r.id, Epoch: r.state.Epoch}, done: make(chan struct{}), jobSet: map[string]int{},
+		rec: &store.Record{RunID: r.id, Epoch: r.state.Epoch}, done: make(chan struct{}),
 	}
 }
 
@@ -370,7 +371,7 @@ func (r *run) noteJobLocked(j *store.Job, isNew bool) {
 	r.jobs[j.StepPath] = j
 	b := r.next
 	b.dirty = true
-	if i, ok := b.jobSet[c.ID]; ok {
+	if i := b.place(c.ID); i >= 0 {
 		*b.jobs[i] = c // the record holds this very pointer
 		if at := slices.Index(b.rec.ChangedJobs, b.jobs[i]); isNew && at >= 0 {
 			b.rec.ChangedJobs = slices.Delete(b.rec.ChangedJobs, at, at+1)
@@ -378,12 +379,38 @@ func (r *run) noteJobLocked(j *store.Job, isNew bool) {
 		}
 		return
 	}
-	b.jobSet[c.ID] = len(b.jobs)
-	b.jobs = append(b.jobs, &c)
+	b.add(&c)
 	if isNew {
 		b.rec.NewJobs = append(b.rec.NewJobs, &c)
 	} else {
 		b.rec.ChangedJobs = append(b.rec.ChangedJobs, &c)
+	}
+}
+
+// fewJobs are found without a map: most records hold two, the one that has ended and the next.
+const fewJobs = 8
+
+// place finds a job; -1 where it is not there.
+func (b *batch) place(id string) int {
+	if b.places == nil {
+		return slices.IndexFunc(b.jobs, func(j *store.Job) bool { return j.ID == id })
+	}
+	if i, ok := b.places[id]; ok {
+		return i
+	}
+	return -1
+}
+
+func (b *batch) add(j *store.Job) {
+	b.jobs = append(b.jobs, j)
+	switch {
+	case b.places != nil:
+		b.places[j.ID] = len(b.jobs) - 1
+	case len(b.jobs) > fewJobs:
+		b.places = make(map[string]int, 2*len(b.jobs))
+		for i, j := range b.jobs {
+			b.places[j.ID] = i
+		}
 	}
 }
 
