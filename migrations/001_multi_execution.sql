@@ -508,27 +508,6 @@ CREATE OR REPLACE TRIGGER tr_workflow_step_status BEFORE UPDATE ON jobs.tb_workf
 WHEN (NEW.status <> OLD.status AND OLD.status <> 'pending' AND (OLD.status <> 'running' OR NEW.status = 'pending'))
 EXECUTE FUNCTION jobs.fn_refuse_state('a step moves from pending to running to completed, failed or cancelled');
 
--- An old table may have more states than five: nothing moves to them.
-CALL jobs.pr_patiently($sql$
-CREATE OR REPLACE TRIGGER tr_job_run_status BEFORE UPDATE ON jobs.tb_job_run FOR EACH ROW
-WHEN (NEW.status <> OLD.status AND (OLD.status NOT IN ('pending', 'running') OR NEW.status NOT IN ('running', 'completed', 'failed', 'cancelled')))
-EXECUTE FUNCTION jobs.fn_refuse_state('a job moves from pending to running to completed, failed or cancelled')
-$sql$);
-
--- A failure has a code, so that failures are found without a scan.
-CREATE OR REPLACE FUNCTION jobs.fn_job_error_code() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    NEW.error_code := 'INTERNAL';
-    RETURN NEW;
-END
-$$;
-
-CALL jobs.pr_patiently($sql$
-CREATE OR REPLACE TRIGGER tr_job_run_error_code BEFORE INSERT OR UPDATE ON jobs.tb_job_run FOR EACH ROW
-WHEN (NEW.status = 'failed' AND NEW.error_code IS NULL)
-EXECUTE FUNCTION jobs.fn_job_error_code()
-$sql$);
-
 -- What a statement of the engine changes has to be all that it meant to change: else nothing is.
 CREATE OR REPLACE FUNCTION jobs.fn_expect(have bigint, want bigint, what text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -714,8 +693,8 @@ REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION jobs.fn_de
 -- ---------------------------------------------------------------- statistics
 
 -- What the views say of jobs that have ended comes from here, since a scan of all jobs would take too long.
--- Every statement that changes tb_job_run adds rows with what it changes in the sums; jobs.fn_stat_compact
--- puts rows together. Running jobs of a run are left out: they are few, and found through their run.
+-- Every statement that changes tb_job_run adds rows with what it changes in the sums, but for those of an orchestrator that
+-- adds them itself and says so by a setting; jobs.fn_stat_compact puts rows together. Running jobs of a run are left out: they are few, and found through their run.
 -- slots and slot_jobs are a histogram of durations, see fn_stat_slot.
 CREATE TABLE IF NOT EXISTS jobs.tb_job_stat (
     created_at      timestamptz,
@@ -933,11 +912,17 @@ $do$;
 -- Counting begins with the triggers. What was there before is counted once, after them.
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_job_run_stat_insert AFTER INSERT ON jobs.tb_job_run
-REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION jobs.fn_stat_insert()
+REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT
+WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'all' OR pg_trigger_depth() > 0 OR current_user <> session_user
+    OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+EXECUTE FUNCTION jobs.fn_stat_insert()
 $sql$);
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_job_run_stat_update AFTER UPDATE ON jobs.tb_job_run
-REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION jobs.fn_stat_update()
+REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT
+WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'all' OR pg_trigger_depth() > 0 OR current_user <> session_user
+    OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+EXECUTE FUNCTION jobs.fn_stat_update()
 $sql$);
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_job_run_stat_delete AFTER DELETE ON jobs.tb_job_run
@@ -1249,18 +1234,30 @@ $$;
 
 -- What nobody can work with is refused to everybody, and what only an orchestrator writes is refused to whoever has not an
 -- orchestrator's rights: else the right to insert would be the right to end a step of a run of somebody else. Rows that are
--- there already are not looked at. An orchestrator has looked at what it writes, and says so by a setting: constraints of
--- the table would be read anew for each statement, some thirty of them. The functions have a search path of their own: in a client's,
--- <= may be the client's. Nor is it believed in a function that runs with its owner's rights: its caller sets what it likes.
+-- there already are not looked at. An orchestrator has looked at what it writes, and says so by a setting ('yes', or 'all' where it has
+-- seen to the states and sums of jobs too): constraints of the table would be read anew for each statement, some thirty of them. The functions have a search path of their own: in a client's,
+-- <= may be the client's. Nor is it believed in a function that runs with its owner's rights: its caller sets what it likes;
+-- nor in a trigger, which does more than the orchestrator knows of.
 DO $do$
 DECLARE
     c       record;
+    -- The table, what is an orchestrator's to set and how that is told, and what else is seen to.
     tables  text[][] := array[
         ['tb_workflow_run', 'NEW.status <> ''pending'' OR NEW.owner <> '''' OR NEW.epoch <> 0 OR NEW.retries <> 0 OR NEW.sequence <> 0
                 OR NEW.snapshot IS NOT NULL OR NEW.entity_row IS NOT NULL',
-            'a client inserts pending runs: status, owner, epoch, retries, sequence, snapshot and entity_row are for orchestrators to set'],
+            'a client inserts pending runs: status, owner, epoch, retries, sequence, snapshot and entity_row are for orchestrators to set', ''],
         ['tb_job_run', 'NEW.run_id IS NOT NULL OR NEW.step_path IS NOT NULL OR NEW.generation <> 0 OR NEW.sequence <> 0 OR NEW.by_sql IS FALSE',
-            'a client inserts jobs of no run: run_id, step_path, generation, sequence and by_sql are for orchestrators to set']];
+            'a client inserts jobs of no run: run_id, step_path, generation, sequence and by_sql are for orchestrators to set', '
+            -- A failure has a code, so that failures are found without a scan.
+            IF NEW.status = ''failed'' AND NEW.error_code IS NULL THEN
+                NEW.error_code := ''INTERNAL'';
+            END IF;
+            -- An old table may have more states than five: nothing moves to them.
+            IF TG_OP = ''UPDATE'' AND NEW.status <> OLD.status
+                AND (OLD.status NOT IN (''pending'', ''running'') OR NEW.status NOT IN (''running'', ''completed'', ''failed'', ''cancelled''))
+            THEN
+                RAISE EXCEPTION USING ERRCODE = ''SQ001'', MESSAGE = ''a job moves from pending to running to completed, failed or cancelled'';
+            END IF;']];
     t       text[];
     rules   text;
     checks  text;
@@ -1296,12 +1293,12 @@ BEGIN
         BEGIN
             IF TG_OP = ''INSERT'' AND (%s) AND NOT has_table_privilege(''jobs.tb_orchestrator''::regclass, ''INSERT'') THEN
                 RAISE EXCEPTION USING ERRCODE = ''42501'', MESSAGE = %L;
-            END IF;
+            END IF;%s
             IF (%s) IS NOT FALSE THEN
                 RETURN NEW;
             END IF;%s
             RETURN NEW;
-        END $f$', 'fn_check_' || substr(t[1], 4), t[2], t[3], rules, checks);
+        END $f$', 'fn_check_' || substr(t[1], 4), t[2], t[3], t[4], rules, checks);
     END LOOP;
 END
 $do$;
@@ -1309,17 +1306,19 @@ $do$;
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_workflow_run_check BEFORE INSERT OR UPDATE OF entity, action, entity_schema, entity_id, owner, epoch, retries, snapshot,
     correlation_id, tenant_id, triggered_by, traceparent, error_code, error_attempts, created_at, started_at, completed_at ON jobs.tb_workflow_run FOR EACH ROW
-WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'yes' OR current_user <> session_user OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+WHEN (coalesce(current_setting('specql.checked', true), '') NOT IN ('yes', 'all') OR pg_trigger_depth() > 0 OR current_user <> session_user
+    OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
 EXECUTE FUNCTION jobs.fn_check_workflow_run()
 $sql$);
 
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_job_run_check BEFORE INSERT OR UPDATE ON jobs.tb_job_run FOR EACH ROW
-WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'yes' OR current_user <> session_user OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'all' OR pg_trigger_depth() > 0 OR current_user <> session_user
+    OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
 EXECUTE FUNCTION jobs.fn_check_job_run()
 $sql$);
 
--- What these rules were before, now that they hold: constraints of the tables, and two triggers. Each table is let go before the next.
+-- What these rules were before, now that they hold: constraints of the tables, and triggers. Each table is let go before the next.
 DO $$
 DECLARE
     c record;
@@ -1335,14 +1334,19 @@ BEGIN
         LOOP
             CALL jobs.pr_patiently(format('ALTER TABLE jobs.%I %s', t, c.gone));
         END LOOP;
-        IF EXISTS (SELECT FROM pg_trigger WHERE tgrelid = ('jobs.' || t)::regclass AND tgname = 'tr_' || substr(t, 4) || '_insert') THEN
-            CALL jobs.pr_patiently(format('DROP TRIGGER %I ON jobs.%I', 'tr_' || substr(t, 4) || '_insert', t));
-        END IF;
+        COMMIT;
+    END LOOP;
+    FOR c IN SELECT tgname AS name, tgrelid::regclass AS on_table FROM pg_trigger
+        WHERE (tgrelid, tgname) IN (('jobs.tb_workflow_run'::regclass, 'tr_workflow_run_insert'), ('jobs.tb_job_run'::regclass, 'tr_job_run_insert'),
+            ('jobs.tb_job_run'::regclass, 'tr_job_run_status'), ('jobs.tb_job_run'::regclass, 'tr_job_run_error_code'))
+    LOOP
+        CALL jobs.pr_patiently(format('DROP TRIGGER %I ON %s', c.name, c.on_table));
         COMMIT;
     END LOOP;
 END
 $$;
 DROP FUNCTION IF EXISTS jobs.fn_refuse_insert();
+DROP FUNCTION IF EXISTS jobs.fn_job_error_code();
 
 -- Whoever may call a function that runs with its owner's rights may also make it a trigger of a table of his own.
 DO $$
@@ -1379,5 +1383,6 @@ INSERT INTO jobs.tb_schema_version (version, name) VALUES
     (5, '005_traceparent'),
     (6, '006_limits'),
     (7, '007_checks'),
-    (8, '008_triggers')
+    (8, '008_triggers'),
+    (9, '009_sums')
 ON CONFLICT DO NOTHING;

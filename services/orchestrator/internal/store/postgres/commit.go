@@ -102,23 +102,14 @@ func (s *Store) commitAtOnce(ctx context.Context, c *pgx.Conn, records []*store.
 		}
 	}
 	b := &pgx.Batch{}
-	b.Queue("BEGIN")
-	s.queue(b, records)
+	s.queue(b, records, true)
 	for _, r := range records {
 		if err := s.queueEntity(ctx, c, b, r, rowIDs); err != nil {
 			return err
 		}
 	}
 	queueLimits(b, records, taken)
-	committed := false
-	b.Queue("COMMIT").Exec(func(tag pgconn.CommandTag) error {
-		committed = tag.String() == "COMMIT"
-		return nil
-	})
 	err := c.SendBatch(ctx, b).Close()
-	if err == nil && !committed {
-		err = errors.New("the server rolled the transaction back")
-	}
 	if err != nil && !c.IsClosed() && c.PgConn().TxStatus() != 'I' {
 		if _, undo := c.Exec(ctx, "ROLLBACK"); undo != nil {
 			return errors.Join(err, undo)
@@ -135,6 +126,9 @@ func (s *Store) commitEach(ctx context.Context, c *pgx.Conn, records []*store.Re
 	}
 	defer func() { _ = tx.Rollback(ctx) }() // after a commit it does nothing
 	if err := setLockTimeout(ctx, c, recordLockTimeout); err != nil {
+		return err
+	}
+	if _, err := c.Exec(ctx, leaveRules); err != nil {
 		return err
 	}
 	waited := 0
@@ -185,7 +179,7 @@ func (s *Store) commitOne(ctx context.Context, c *pgx.Conn, r *store.Record, row
 		return false, err
 	}
 	b := &pgx.Batch{}
-	s.queue(b, []*store.Record{r})
+	s.queue(b, []*store.Record{r}, false)
 	if r.InsertRow == nil && r.UpdateRow == nil {
 		queueLimits(b, []*store.Record{r}, taken)
 		b.Queue("RELEASE SAVEPOINT record")
@@ -246,7 +240,7 @@ func check(r *store.Record) error {
 
 // queue adds the statements of records, but for entities' rows: a few for all of them, rows in the order of their ids so that two
 // orchestrators that write the same rows wait for each other rather than deadlock.
-func (s *Store) queue(b *pgx.Batch, records []*store.Record) {
+func (s *Store) queue(b *pgx.Batch, records []*store.Record, keep bool) {
 	runs := s.queueRuns(b, records)
 	var fresh, full, adopted, changed []*store.Job
 	var steps []*store.Step
@@ -274,10 +268,17 @@ func (s *Store) queue(b *pgx.Batch, records []*store.Record) {
 	}
 	// A statement does not see what it inserts itself, nor what comes behind it.
 	if len(ended) > 1 || overlap(fresh, changed) || overlap(full, changed) || overlap(adopted, changed) {
-		s.queueParts(b, runs, nil, nil)
+		if keep {
+			b.Queue(leaveRules)
+		}
+		s.queueParts(b, runs, nil, nil, false)
 		queueRows(b, s.sql.insertNewJobs, newJobColumns, fresh, false)
 	} else {
-		s.queueParts(b, runs, fresh, changed)
+		kept := keep && !slices.ContainsFunc(records, func(r *store.Record) bool { return !keepsRules(r) })
+		if keep && !kept {
+			b.Queue(leaveRules)
+		}
+		s.queueParts(b, runs, fresh, changed, kept)
 		ended = nil
 	}
 	queueRows(b, s.sql.insertJobs, fullJobColumns, full, false)
@@ -293,6 +294,9 @@ func (s *Store) queue(b *pgx.Batch, records []*store.Record) {
 		queueRows(b, s.sql.takeSignals, takenColumns, wave, true)
 	}
 }
+
+// leaveRules has the triggers see to all that a statement does, until the end of the transaction.
+const leaveRules = "SELECT set_config('specql.checked', 'yes', true)"
 
 // overlap says whether a job is in both lists.
 func overlap(a, b []*store.Job) bool {
@@ -341,7 +345,7 @@ func waves[T any](items []T, key func(T) string) [][]T {
 }
 
 // notBuried fails where one of the owners was buried. A run that is created while its owner is being buried was created before.
-const notBuried = "SELECT jobs.fn_expect(count(*), 0, 'buried') FROM jobs.tb_orchestrator WHERE id = ANY ($1) AND buried_at IS NOT NULL"
+const notBuried = "jobs.fn_expect((SELECT count(*) FROM jobs.tb_orchestrator WHERE id = ANY ($1::text[]) AND buried_at IS NOT NULL), 0, 'buried')"
 
 // queueRuns sorts the fences, with what the records change in their runs: several records of one run become one change where only
 // one of them says more than its sequence. It adds the statements that have to come first, and returns the last changes.
@@ -366,13 +370,8 @@ func (s *Store) queueRuns(b *pgx.Batch, records []*store.Record) runParts {
 		last[r.RunID] = c
 		changes = append(changes, c)
 	}
-	if len(creates) > 0 {
-		owners := gather(creates, func(r *store.Record) string { return r.Create.Owner })
-		slices.Sort(owners)
-		b.Queue(notBuried, slices.Compact(owners))
-	}
-	separate := slices.ContainsFunc(creates, func(r *store.Record) bool { return last[r.RunID] != nil })
-	if separate {
+	if slices.ContainsFunc(creates, func(r *store.Record) bool { return last[r.RunID] != nil }) {
+		b.Queue("SELECT "+notBuried, ownersOf(creates))
 		queueRows(b, s.sql.createRuns, runColumns, creates, false)
 		creates = nil
 	}
@@ -393,11 +392,18 @@ func (s *Store) queueRuns(b *pgx.Batch, records []*store.Record) runParts {
 		}
 		queueRows(b, s.sql.retryRuns, retryColumns, retried, true)
 		if i < len(all)-1 {
-			s.queueParts(b, parts, nil, nil)
+			s.queueParts(b, parts, nil, nil, false)
 			parts = runParts{}
 		}
 	}
 	return parts
+}
+
+// ownersOf names the owners of runs that are created, each once.
+func ownersOf(creates []*store.Record) []string {
+	owners := gather(creates, func(r *store.Record) string { return r.Create.Owner })
+	slices.Sort(owners)
+	return slices.Compact(owners)
 }
 
 // runParts are changes of runs that no two of are of the same run.
@@ -406,9 +412,14 @@ type runParts struct {
 	touched, changed []*change
 }
 
-// queueParts adds one statement for all, which have no run and no job twice.
-func (s *Store) queueParts(b *pgx.Batch, runs runParts, begun, ended []*store.Job) {
-	p := stepParts{len(runs.touched) > 0, len(runs.changed) > 0, len(ended) > 0, len(begun) > 0, len(runs.created) > 0}
+// queueParts adds one statement for all, which have no run and no job twice. Where kept, it does what the triggers of jobs would.
+func (s *Store) queueParts(b *pgx.Batch, runs runParts, begun, ended []*store.Job, kept bool) {
+	p := stepParts{touch: len(runs.touched) > 0, change: len(runs.changed) > 0, end: len(ended) > 0, kept: kept && len(ended) > 0, begin: len(begun) > 0, create: len(runs.created) > 0}
+	var sums []*jobSum
+	if p.kept {
+		sums = sumJobs(ended, s.now())
+		p.sum = len(sums) > 0
+	}
 	if p == (stepParts{}) {
 		return
 	}
@@ -422,11 +433,14 @@ func (s *Store) queueParts(b *pgx.Batch, runs runParts, begun, ended []*store.Jo
 	if p.end {
 		args = append(append(args, arguments(changeJobColumns, ended)...), len(ended))
 	}
+	if p.sum {
+		args = append(args, rowsOf(sums, s.sql.sumColumns))
+	}
 	if p.begin {
 		args = append(args, arguments(newJobColumns, begun)...)
 	}
 	if p.create {
-		args = append(args, arguments(runColumns, runs.created)...)
+		args = append(append(args, arguments(runColumns, runs.created)...), ownersOf(runs.created))
 	}
 	b.Queue(s.sql.step(p), args...)
 	for _, c := range runs.changed {

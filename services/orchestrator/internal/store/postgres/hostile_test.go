@@ -202,15 +202,18 @@ func TestRules(t *testing.T) {
 	c.Psql(t, url, `CREATE ROLE rules_client; GRANT USAGE ON SCHEMA jobs TO rules_client; GRANT SELECT, INSERT, UPDATE ON jobs.tb_job_run, jobs.tb_workflow_run TO rules_client`)
 	defer c.Psql(t, url, "DROP OWNED BY rules_client; DROP ROLE rules_client")
 	for statement, want := range map[string]string{
-		"INSERT INTO jobs.tb_job_run (service_name, operation, created_at) VALUES ('x', 'y', 'infinity')":                      "violates check constraint",
-		"INSERT INTO jobs.tb_job_run (service_name, operation, run_id, status) VALUES ('x', 'y', gen_random_uuid(), 'failed')": "a client inserts jobs of no run",
-		"INSERT INTO jobs.tb_workflow_run (entity, action, status) VALUES ('x', 'y', 'completed')":                             "a client inserts pending runs",
+		"INSERT INTO jobs.tb_job_run (service_name, operation, created_at) VALUES ('x', 'y', 'infinity')":                                             "violates check constraint",
+		"INSERT INTO jobs.tb_job_run (service_name, operation, run_id, status) VALUES ('x', 'y', gen_random_uuid(), 'failed')":                        "a client inserts jobs of no run",
+		"INSERT INTO jobs.tb_workflow_run (entity, action, status) VALUES ('x', 'y', 'completed')":                                                    "a client inserts pending runs",
+		"INSERT INTO jobs.tb_job_run (service_name, operation, status) VALUES ('x', 'y', 'completed'); UPDATE jobs.tb_job_run SET status = 'running'": "a job moves from pending",
 	} {
-		_, err := c.Run(url, "SET ROLE rules_client; SET specql.checked = 'yes'; "+statement)
-		require.ErrorContains(t, err, want, statement)
+		for _, says := range []string{"yes", "all"} {
+			_, err := c.Run(url, "SET ROLE rules_client; SET specql.checked = '"+says+"'; "+statement)
+			require.ErrorContains(t, err, want, statement)
+		}
 	}
 	c.Psql(t, url, "SET ROLE rules_client; INSERT INTO jobs.tb_job_run (service_name, operation) VALUES ('x', 'y')")
-	_, err := c.Run(url, "SET ROLE rules_client; SET specql.checked = 'yes'; UPDATE jobs.tb_job_run SET next_attempt_at = '-infinity'")
+	_, err := c.Run(url, "SET ROLE rules_client; SET specql.checked = 'all'; UPDATE jobs.tb_job_run SET next_attempt_at = '-infinity'")
 	require.ErrorContains(t, err, "violates check constraint")
 	// Nor to have other meanings for the words of the rules, or another time.
 	c.Psql(t, url, `CREATE SCHEMA rules_client AUTHORIZATION rules_client; SET ROLE rules_client;
@@ -233,8 +236,8 @@ func TestRules(t *testing.T) {
 	c.Psql(t, url, `ALTER ROLE rules_client LOGIN; CREATE FUNCTION public.begin_run(key text) RETURNS void LANGUAGE sql SECURITY DEFINER AS
 		$$ INSERT INTO jobs.tb_workflow_run (entity, action, correlation_id) VALUES ('x', 'y', key) $$`)
 	as := strings.Replace(url, pgtest.User+"@", "rules_client@", 1)
-	c.Psql(t, as, "SET specql.checked = 'yes'; SELECT public.begin_run('k')")
-	_, err = c.Run(as, "SET specql.checked = 'yes'; SELECT public.begin_run(repeat('k', 10001))")
+	c.Psql(t, as, "SET specql.checked = 'all'; SELECT public.begin_run('k')")
+	_, err = c.Run(as, "SET specql.checked = 'all'; SELECT public.begin_run(repeat('k', 10001))")
 	require.ErrorContains(t, err, "violates check constraint")
 }
 

@@ -397,7 +397,7 @@ func TestValidate(t *testing.T) {
 
 	url = ready(t)
 	c := pgtest.Shared(t)
-	c.Psql(t, url, `DROP INDEX jobs.ix_job_run_error; DROP TRIGGER tr_job_run_status ON jobs.tb_job_run; DROP VIEW jobs.v_cost_by_service;
+	c.Psql(t, url, `DROP INDEX jobs.ix_job_run_error; DROP TRIGGER tr_job_run_check ON jobs.tb_job_run; DROP VIEW jobs.v_cost_by_service;
 		ALTER TABLE jobs.tb_workflow_run DROP COLUMN cancel_reason; ALTER TABLE jobs.tb_job_run DISABLE TRIGGER tr_job_run_enqueue;
 		DROP TABLE jobs.tb_execution_type; DROP FUNCTION jobs.fn_expect; ALTER TABLE jobs.tb_orchestrator ALTER COLUMN beat TYPE text`)
 	problems, err = Validate(t.Context(), Options{URL: url})
@@ -410,7 +410,7 @@ func TestValidate(t *testing.T) {
 	require.ElementsMatch(t, []string{
 		"table jobs.tb_execution_type is missing", "column jobs.tb_workflow_run.cancel_reason is missing",
 		"column jobs.tb_orchestrator.beat is text, which bigint does not fit into", "index jobs.ix_job_run_error is missing",
-		"trigger tr_job_run_status of jobs.tb_job_run is missing", "trigger tr_job_run_enqueue of jobs.tb_job_run is disabled",
+		"trigger tr_job_run_check of jobs.tb_job_run is missing", "trigger tr_job_run_enqueue of jobs.tb_job_run is disabled",
 		"function jobs.fn_expect is missing", "view jobs.v_cost_by_service is missing",
 	}, what)
 	// The migration mends what it can.

@@ -98,11 +98,11 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 			err = fmt.Errorf("open the database: %w", err)
 		}
 	}()
-	types, err := s.check(ctx)
+	types, sums, err := s.check(ctx)
 	if err != nil {
 		return nil, err
 	}
-	s.sql = newStatements(types)
+	s.sql = newStatements(types, sums)
 	return s, nil
 }
 
@@ -161,7 +161,7 @@ func writerConfig(of *pgxpool.Config) *pgxpool.Config {
 		if err := prepare(ctx, c); err != nil {
 			return err
 		}
-		_, err := c.Exec(ctx, fmt.Sprintf("SET lock_timeout = %d", batchLockTimeout.Milliseconds()), pgx.QueryExecModeSimpleProtocol)
+		_, err := c.Exec(ctx, fmt.Sprintf("SET lock_timeout = %d; SET specql.checked = 'all'", batchLockTimeout.Milliseconds()), pgx.QueryExecModeSimpleProtocol)
 		return err
 	}
 	return config

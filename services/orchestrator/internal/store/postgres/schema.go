@@ -27,11 +27,17 @@ type Problem struct {
 // migrateMend is the mend of most problems.
 const migrateMend = "run specql migrate-schema --database URL, or psql -v ON_ERROR_STOP=1 -f migrations/001_multi_execution.sql, as the owner of the schema jobs"
 
-// check sees that the schema is the one that this program knows, and returns the types of the columns of tb_job_run.
-func (s *Store) check(ctx context.Context) (map[string]string, error) {
-	types := map[string]string{}
-	err := s.with(ctx, func(ctx context.Context, c *pgx.Conn) error {
+// check sees that the schema is the one that this program knows, and returns the types of the columns of tb_job_run and the columns of
+// tb_job_stat in their order.
+func (s *Store) check(ctx context.Context) (types map[string]string, sums []string, err error) {
+	types = map[string]string{}
+	err = s.with(ctx, func(ctx context.Context, c *pgx.Conn) error {
 		if err := checkVersion(ctx, c); err != nil {
+			return err
+		}
+		sums, err = query(ctx, c, pgx.RowTo[string], `SELECT attname::text FROM pg_attribute
+			WHERE attrelid = 'jobs.tb_job_stat'::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum`)
+		if err != nil {
 			return err
 		}
 		_, err := query(ctx, c, func(row pgx.CollectableRow) (struct{}, error) {
@@ -43,7 +49,7 @@ func (s *Store) check(ctx context.Context) (map[string]string, error) {
 			WHERE attrelid = 'jobs.tb_job_run'::regclass AND attnum > 0 AND NOT attisdropped`)
 		return err
 	})
-	return types, err
+	return types, sums, err
 }
 
 func checkVersion(ctx context.Context, c *pgx.Conn) error {

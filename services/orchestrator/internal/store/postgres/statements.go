@@ -115,14 +115,14 @@ func arguments[T any](columns []column[T], rows []T) []any {
 	return out
 }
 
-// source is the FROM of a statement over rows: d, with a column for each parameter.
+// source is the FROM of a statement over rows: d, with a column for each parameter. In a list of what is selected, unnest gives one row
+// after the other; in FROM, each of its arrays would fill a store of 16 KiB first.
 func source[T any](columns []column[T]) string {
-	var arrays, names []string
+	var arrays []string
 	for i, c := range columns {
-		arrays = append(arrays, fmt.Sprintf("$%d::%s[]", i+1, c.array))
-		names = append(names, c.name)
+		arrays = append(arrays, fmt.Sprintf("unnest($%d::%s[]) AS %s", i+1, c.array, c.name))
 	}
-	return "unnest(" + strings.Join(arrays, ", ") + ") AS d (" + strings.Join(names, ", ") + ")"
+	return "(SELECT " + strings.Join(arrays, ", ") + ") AS d"
 }
 
 // change is a record's change of its run, with the sequence that plain records of the same run add.
@@ -135,6 +135,8 @@ type change struct {
 // have of its own.
 type statements struct {
 	types map[string]string
+	// sumColumns are the columns of tb_job_stat in the order of the table.
+	sumColumns []string
 	// jobColumns is what a read of jobs selects, from j with its run r; queuedColumns, of jobs that wait for a run, leave out
 	// what their clients may have written beside the input, and end with the input's length.
 	jobColumns, queuedColumns string
@@ -142,13 +144,16 @@ type statements struct {
 	createRuns, touchRuns, changeRuns, retryRuns string
 	insertJobs, insertNewJobs, adoptJobs         string
 	updateJobs, upsertSteps, takeSignals         string
+	// endJobs is updateJobs for jobs that have not ended, and addSums adds what such ends add to the sums, where the triggers do not.
+	endJobs, addSums string
 
 	// steps are statements made of these, by their parts.
 	steps sync.Map
 }
 
-// stepParts says which of these one statement is made of: touchRuns, changeRuns, updateJobs, insertNewJobs, createRuns.
-type stepParts struct{ touch, change, end, begin, create bool }
+// stepParts says which of these one statement is made of: touchRuns, changeRuns, updateJobs (or endJobs, where the statement keeps
+// what the triggers would see to), addSums, insertNewJobs, createRuns.
+type stepParts struct{ touch, change, end, kept, sum, begin, create bool }
 
 var runColumns = append([]column[*store.Record]{
 	ids("id", func(r *store.Record) string { return r.Create.ID }),
@@ -316,8 +321,8 @@ func (s *statements) jobValue(name, array string) string {
 
 func isInteger(kind string) bool { return kind == "integer" || kind == "bigint" || kind == "smallint" }
 
-func newStatements(types map[string]string) *statements {
-	s := &statements{types: types}
+func newStatements(types map[string]string, sumColumns []string) *statements {
+	s := &statements{types: types, sumColumns: sumColumns}
 	s.jobColumns = s.readJob("j.resource_usage", "j.security_context", "j.runner_config", s.readJSON("output_data"), s.readJSON("input_data"))
 	s.queuedColumns = s.readJob("NULL::jsonb", "NULL::jsonb", "NULL::jsonb", "NULL::jsonb",
 		fmt.Sprintf("CASE WHEN octet_length(j.input_data::text) <= %d THEN %s END", maxInput, s.readJSON("input_data")),
@@ -365,8 +370,17 @@ func newStatements(types map[string]string) *statements {
 	for _, c := range changeJobColumns[2:] {
 		set += fmt.Sprintf(", %s = %s", c.name, jobValue(c))
 	}
-	s.updateJobs = set + fmt.Sprintf(` FROM %s WHERE j.id = d.id AND j.run_id = d.run_id RETURNING 1)
-		SELECT jobs.fn_expect(count(*), $%d, 'job') FROM changed`, source(changeJobColumns), len(changeJobColumns)+1)
+	// IS TRUE: by no other index than that of ids, whatever statistics say.
+	update := func(condition string) string {
+		return set + fmt.Sprintf(` FROM %s WHERE j.id = d.id AND (j.run_id = d.run_id%s) IS TRUE RETURNING 1)
+		SELECT jobs.fn_expect(count(*), $%d, 'job') FROM changed`, source(changeJobColumns), condition, len(changeJobColumns)+1)
+	}
+	s.updateJobs = update("")
+	s.endJobs = update(" AND j.status IN ('pending', 'running')")
+	// The condition is that of the triggers: either they count, or this does.
+	s.addSums = fmt.Sprintf(`INSERT INTO jobs.tb_job_stat (%s) SELECT s.%s FROM unnest($1::text::jobs.tb_job_stat[]) s
+		WHERE current_setting('specql.checked', true) = 'all' AND current_user = session_user AND has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT')`,
+		strings.Join(s.sumColumns, ", "), strings.Join(s.sumColumns, ", s."))
 
 	set = ""
 	for _, c := range stepColumns[3:] {
@@ -405,14 +419,20 @@ func (s *statements) step(p stepParts) string {
 	if p.change {
 		counted("changed", s.changeRuns, len(changeColumns))
 	}
-	if p.end {
+	if p.end && p.kept {
+		counted("ended", s.endJobs, len(changeJobColumns))
+	} else if p.end {
 		counted("ended", s.updateJobs, len(changeJobColumns))
+	}
+	if p.sum {
+		added("summed", s.addSums, 1)
 	}
 	if p.begin {
 		added("begun", s.insertNewJobs, len(newJobColumns))
 	}
 	if p.create {
 		added("created", s.createRuns, len(runColumns))
+		checks = append(checks, shift(notBuried, n))
 	}
 	text := "WITH " + strings.Join(parts, ", ") + " SELECT " + strings.Join(append(checks, "1"), ", ")
 	s.steps.Store(p, text)

@@ -201,6 +201,8 @@ func TestStatisticsWithoutTimes(t *testing.T) {
 // TestStatisticsOfOneRow: statements of one row and of several leave the sums that counting anew gives, whatever they change.
 func TestStatisticsOfOneRow(t *testing.T) {
 	st := openTest(t)
+	// Infinite times are refused; rows from before that rule have them.
+	require.NoError(t, run(t, st, "ALTER TABLE jobs.tb_job_run DISABLE TRIGGER tr_job_run_check"))
 	const seed, jobs, statements = 7, 24, 200
 	random := rand.New(rand.NewPCG(seed, seed)) //nolint:gosec // the same each time
 	pick := func(values ...string) string { return values[random.IntN(len(values))] }
