@@ -423,24 +423,25 @@ func (s *Store) queueParts(b *pgx.Batch, runs runParts, begun, ended []*store.Jo
 	if p == (stepParts{}) {
 		return
 	}
+	p.single = max(len(runs.touched), len(runs.changed), len(ended), len(begun), len(runs.created)) == 1
 	var args []any
 	if p.touch {
-		args = append(arguments(touchColumns, runs.touched), len(runs.touched))
+		args = append(appendArguments(args, touchColumns, runs.touched, p.single), len(runs.touched))
 	}
 	if p.change {
-		args = append(append(args, arguments(changeColumns, runs.changed)...), len(runs.changed))
+		args = append(appendArguments(args, changeColumns, runs.changed, p.single), len(runs.changed))
 	}
 	if p.end {
-		args = append(append(args, arguments(changeJobColumns, ended)...), len(ended))
+		args = append(appendArguments(args, changeJobColumns, ended, p.single), len(ended))
 	}
 	if p.sum {
 		args = append(args, rowsOf(sums, s.sql.sumColumns))
 	}
 	if p.begin {
-		args = append(args, arguments(newJobColumns, begun)...)
+		args = appendArguments(args, newJobColumns, begun, p.single)
 	}
 	if p.create {
-		args = append(append(args, arguments(runColumns, runs.created)...), ownersOf(runs.created))
+		args = append(appendArguments(args, runColumns, runs.created, p.single), ownersOf(runs.created))
 	}
 	b.Queue(s.sql.step(p), args...)
 	for _, c := range runs.changed {

@@ -14,58 +14,63 @@ import (
 	"github.com/specql/mesh/services/orchestrator/internal/store"
 )
 
-// column is a column that a statement writes for many rows at once: its values travel as one array.
+// column is a column that a statement writes: the values of many rows travel as one array.
 type column[T any] struct {
 	name string
 	// array is the type of an element of the parameter.
 	array string
-	// values gives the parameter.
+	// values gives the parameter for many rows, and value that for a single one.
 	values func([]T) any
+	value  func(T) any
+}
+
+func columnOf[T, V any](name, array string, get func(T) V) column[T] {
+	return column[T]{name, array, func(rows []T) any { return gather(rows, get) }, func(row T) any { return get(row) }}
 }
 
 func ids[T any](name string, get func(T) string) column[T] {
-	return column[T]{name, "uuid", func(rows []T) any { return gather(rows, func(r T) pgtype.UUID { return uuidValue(get(r)) }) }}
+	return columnOf(name, "uuid", func(r T) pgtype.UUID { return uuidValue(get(r)) })
 }
 
 func sameIDs[T any](name string, get func(T) string) column[T] {
-	return column[T]{name, "uuid", func(rows []T) any { return gather(rows, func(r T) pgtype.UUID { return sameUUID(get(r)) }) }}
+	return columnOf(name, "uuid", func(r T) pgtype.UUID { return sameUUID(get(r)) })
 }
 
 func texts[T any](name string, get func(T) string) column[T] {
-	return column[T]{name, "text", func(rows []T) any { return gather(rows, get) }}
+	return columnOf(name, "text", get)
 }
 
 func nullTexts[T any](name string, get func(T) string) column[T] {
-	return column[T]{name, "text", func(rows []T) any { return gather(rows, func(r T) *string { return nullText(get(r)) }) }}
+	return columnOf(name, "text", func(r T) *string { return nullText(get(r)) })
 }
 
 // payloads travel as text and are parsed by the server, which refuses what is no JSON.
 func payloads[T any](name string, get func(T) []byte) column[T] {
-	return column[T]{name, "text", func(rows []T) any { return gather(rows, func(r T) []byte { return nullJSON(get(r)) }) }}
+	return columnOf(name, "text", func(r T) []byte { return nullJSON(get(r)) })
 }
 
 func numbers[T any](name string, get func(T) int64) column[T] {
-	return column[T]{name, "bigint", func(rows []T) any { return gather(rows, get) }}
+	return columnOf(name, "bigint", get)
 }
 
 func nullNumbers[T any](name string, get func(T) *int64) column[T] {
-	return column[T]{name, "bigint", func(rows []T) any { return gather(rows, get) }}
+	return columnOf(name, "bigint", get)
 }
 
 func booleans[T any](name string, get func(T) bool) column[T] {
-	return column[T]{name, "boolean", func(rows []T) any { return gather(rows, get) }}
+	return columnOf(name, "boolean", get)
 }
 
 func nullBooleans[T any](name string, get func(T) *bool) column[T] {
-	return column[T]{name, "boolean", func(rows []T) any { return gather(rows, get) }}
+	return columnOf(name, "boolean", get)
 }
 
 func times[T any](name string, get func(T) time.Time) column[T] {
-	return column[T]{name, "timestamptz", func(rows []T) any { return gather(rows, func(r T) *time.Time { return nullTime(get(r)) }) }}
+	return columnOf(name, "timestamptz", func(r T) *time.Time { return nullTime(get(r)) })
 }
 
 func floats[T any](name string, get func(T) *float64) column[T] {
-	return column[T]{name, "double precision", func(rows []T) any { return gather(rows, get) }}
+	return columnOf(name, "double precision", get)
 }
 
 func gather[T, V any](rows []T, get func(T) V) []V {
@@ -108,11 +113,19 @@ func faults[T any](get func(T) *fault.Error) []column[T] {
 
 // arguments are the parameters of a statement over rows.
 func arguments[T any](columns []column[T], rows []T) []any {
-	out := make([]any, len(columns), len(columns)+1)
-	for i, c := range columns {
-		out[i] = c.values(rows)
+	return appendArguments(make([]any, 0, len(columns)+1), columns, rows, false)
+}
+
+// appendArguments adds the parameters of a statement over rows; those of one over a single row are no arrays.
+func appendArguments[T any](args []any, columns []column[T], rows []T, single bool) []any {
+	for _, c := range columns {
+		if single {
+			args = append(args, c.value(rows[0]))
+		} else {
+			args = append(args, c.values(rows))
+		}
 	}
-	return out
+	return args
 }
 
 // source is the FROM of a statement over rows: d, with a column for each parameter. In a list of what is selected, unnest gives one row
@@ -152,8 +165,8 @@ type statements struct {
 }
 
 // stepParts says which of these one statement is made of: touchRuns, changeRuns, updateJobs (or endJobs, where the statement keeps
-// what the triggers would see to), addSums, insertNewJobs, createRuns.
-type stepParts struct{ touch, change, end, kept, sum, begin, create bool }
+// what the triggers would see to), addSums, insertNewJobs, createRuns. The parameters of a single one have a row each.
+type stepParts struct{ touch, change, end, kept, sum, begin, create, single bool }
 
 var runColumns = append([]column[*store.Record]{
 	ids("id", func(r *store.Record) string { return r.Create.ID }),
@@ -435,11 +448,18 @@ func (s *statements) step(p stepParts) string {
 		checks = append(checks, shift(notBuried, n))
 	}
 	text := "WITH " + strings.Join(parts, ", ") + " SELECT " + strings.Join(append(checks, "1"), ", ")
+	if p.single {
+		text = unnested.ReplaceAllString(text, "$1 AS")
+	}
 	s.steps.Store(p, text)
 	return text
 }
 
-var parameter = regexp.MustCompile(`\$[0-9]+`)
+var (
+	parameter = regexp.MustCompile(`\$[0-9]+`)
+	// unnested is a column of a [source].
+	unnested = regexp.MustCompile(`unnest\((\$[0-9]+::[a-z ]+)\[\]\) AS`)
+)
 
 // shift counts the parameters of a text from n on.
 func shift(text string, n int) string {
