@@ -2,6 +2,7 @@ package httprunner
 
 import (
 	"bufio"
+	"bytes"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -46,13 +47,22 @@ type direct struct {
 type directConn struct {
 	net.Conn
 
+	counted *countedConn // the same one
 	address string
-	raw     syscall.RawConn
+	raw     syscall.RawConn // what lies below; nil where that is not known, so that it is not kept
 	in      *bufio.Reader
-	out     *bufio.Writer
 	since   time.Time // idle since
-	// left is how much may still be read; sent and received are of the request that it carries.
+
+	// What follows is of the request that it carries. reused: it is not the first one.
+	reused bool
+	buffer bytes.Buffer
+	// unsent is what is left of the request. It is sent when the answer is first looked for.
+	unsent []byte
+	meter  *meter
+	stages *stages
+	// left is how much may still be read.
 	left, sent, received int64
+	asking               asking
 }
 
 // suits says whether a request may go this way: a small one whose headers ask for nothing that only the Transport does.
@@ -99,8 +109,7 @@ func (d *direct) roundTrip(ctx context.Context, req *http.Request, m *meter) (*h
 		}
 		stages.connecting(phaseConnect)
 		c := d.take(address)
-		reused := c != nil
-		if !reused {
+		if c == nil {
 			var err error
 			if c, err = d.open(ctx, address, m); err != nil {
 				return nil, err
@@ -118,7 +127,7 @@ func (d *direct) roundTrip(ctx context.Context, req *http.Request, m *meter) (*h
 			}
 			return res, nil
 		}
-		if !reused || !again {
+		if !c.reused || !again {
 			return nil, err
 		}
 		if req.GetBody != nil {
@@ -140,16 +149,14 @@ func (d *direct) exchange(ctx context.Context, c *directConn, req *http.Request,
 		}
 	}()
 	c.sent, c.received, c.left = 0, 0, maxHeaderBytes
-	if err := req.Write(c.out); err != nil {
-		return nil, c.sent == 0, fmt.Errorf("write the request: %w", err)
+	c.meter, c.stages = m, stages
+	c.buffer.Reset()
+	if err := req.Write(&c.buffer); err != nil {
+		return nil, false, fmt.Errorf("write the request: %w", err)
 	}
-	if err := c.out.Flush(); err != nil {
-		return nil, c.sent == 0, fmt.Errorf("write the request: %w", err)
-	}
-	m.wroteRequest()
-	stages.enter(phaseFirstByte)
+	c.unsent = c.buffer.Bytes()
 	if _, err := c.in.Peek(1); err != nil {
-		return nil, c.received == 0 && repeatable(req.Method), fmt.Errorf("read the answer: %w", err)
+		return nil, c.sent == 0 || c.received == 0 && repeatable(req.Method), fmt.Errorf("send the request and read the answer: %w", err)
 	}
 	stages.enter(phaseRunner)
 	for n := 0; ; n++ {
@@ -190,44 +197,54 @@ func (d *direct) open(ctx context.Context, address string, m *meter) (*directCon
 		return nil, err // classified by the caller
 	}
 	c := &directConn{Conn: conn, address: address}
-	c.in, c.out = bufio.NewReader(c), bufio.NewWriter(c)
-	c.raw = rawOf(conn)
+	c.in = bufio.NewReader(c)
+	if counted, ok := conn.(*countedConn); ok {
+		c.counted = counted
+		if s, ok := counted.Conn.(syscall.Conn); ok {
+			if c.raw, err = s.SyscallConn(); err != nil {
+				c.raw = nil
+			}
+		}
+	}
+	c.asking.step = c.step
 	return c, nil
 }
 
-// rawOf is what lies below a connection; nil where that is not known, so that it is not kept.
-func rawOf(conn net.Conn) syscall.RawConn {
-	if counted, ok := conn.(*countedConn); ok {
-		conn = counted.Conn
-	}
-	s, ok := conn.(syscall.Conn)
-	if !ok {
-		return nil
-	}
-	raw, err := s.SyscallConn()
-	if err != nil {
-		return nil
-	}
-	return raw
-}
-
-func (c *directConn) Read(p []byte) (int, error) {
+func (c *directConn) Read(p []byte) (n int, err error) {
 	if c.left <= 0 {
 		return 0, fmt.Errorf("net/http: server response headers exceeded %d bytes; aborted", maxHeaderBytes)
 	}
 	if int64(len(p)) > c.left {
 		p = p[:c.left]
 	}
-	n, err := c.Conn.Read(p)
+	if len(c.unsent) > 0 && c.raw != nil {
+		n, err = c.ask(p)
+	}
+	if len(c.unsent) > 0 && err == nil { // the connection did not take all of it at once
+		err = c.send()
+	}
+	if n == 0 && err == nil {
+		n, err = c.Conn.Read(p)
+	}
 	c.left -= int64(n)
 	c.received += int64(n)
 	return n, err // net/http compares these
 }
 
-func (c *directConn) Write(p []byte) (int, error) {
-	n, err := c.Conn.Write(p)
+// send sends what is left of the request.
+func (c *directConn) send() error {
+	n, err := c.Write(c.unsent)
+	c.wrote(n)
+	return err // classified by the caller
+}
+
+// wrote says how much of the request was sent.
+func (c *directConn) wrote(n int) {
 	c.sent += int64(n)
-	return n, err // net/http compares these
+	if c.unsent = c.unsent[n:]; len(c.unsent) == 0 {
+		c.meter.wroteRequest()
+		c.stages.enter(phaseFirstByte)
+	}
 }
 
 // abort ends whatever the connection does.
@@ -315,29 +332,30 @@ func (u *unzipped) Close() error { return u.body.Close() }
 
 // take gives an idle connection, nil where there is none.
 func (d *direct) take(address string) *directConn {
-	for {
-		d.mu.Lock()
-		list := d.idle[address]
-		if len(list) == 0 {
-			d.mu.Unlock()
-			return nil
-		}
-		c := list[len(list)-1]
-		list[len(list)-1] = nil
-		if d.idle[address] = list[:len(list)-1]; len(list) == 1 {
-			delete(d.idle, address)
-		}
-		d.count--
-		d.mu.Unlock()
-		if quiet(c.raw) {
-			return c
-		}
-		_ = c.Close() // the target closed it, or said something that nobody asked for
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	list := d.idle[address]
+	if len(list) == 0 {
+		return nil
 	}
+	c := list[len(list)-1]
+	list[len(list)-1] = nil
+	if d.idle[address] = list[:len(list)-1]; len(list) == 1 {
+		delete(d.idle, address)
+	}
+	d.count--
+	return c
 }
+
+// mostBuffered is how much room for requests a connection keeps, in bytes.
+const mostBuffered = 4 << 10
 
 // put keeps a connection for the next request.
 func (d *direct) put(c *directConn) {
+	c.reused, c.meter, c.stages = true, nil, nil
+	if c.buffer.Cap() > mostBuffered {
+		c.buffer = bytes.Buffer{}
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	c.since = time.Now()

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"strings"
@@ -319,13 +320,6 @@ func TestAnAnswerThatIsLeftClosesItsConnection(t *testing.T) {
 }
 
 // Idle connections are bounded, by target and in all, and are closed after a time.
-// gone is the socket of a connection that its other side has closed.
-type gone struct{}
-
-func (gone) Control(func(uintptr)) error    { return net.ErrClosed }
-func (gone) Read(func(uintptr) bool) error  { return net.ErrClosed }
-func (gone) Write(func(uintptr) bool) error { return net.ErrClosed }
-
 func TestIdleConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
 	p, _, _ := ways(t)
@@ -333,7 +327,7 @@ func TestIdleConnectionsAreBounded(t *testing.T) {
 	idle := func(address string) net.Conn {
 		near, far := net.Pipe()
 		t.Cleanup(func() { _ = far.Close() })
-		d.put(&directConn{Conn: near, raw: gone{}, address: address})
+		d.put(&directConn{Conn: near, address: address})
 		return near
 	}
 	isClosed := func(c net.Conn) bool { return c.SetDeadline(time.Time{}) != nil }
@@ -347,9 +341,11 @@ func TestIdleConnectionsAreBounded(t *testing.T) {
 	}
 	require.Equal(t, maxIdleConns, d.count)
 	// Also where connections were taken and not given back.
-	for i := range maxIdleConns {
-		require.Nil(t, d.take(string(rune('b'+i/100))))
+	for address := range maps.Clone(d.idle) {
+		for d.take(address) != nil {
+		}
 	}
+	require.Zero(t, d.count)
 	for i := range 2 * maxIdleConns {
 		idle(string(rune('A' + i/100)))
 		require.LessOrEqual(t, d.count, maxIdleConns)
@@ -392,4 +388,54 @@ func TestWhatIsNotSentDirectly(t *testing.T) {
 	large := request("http://a", "", 0)
 	large.Header.Set("X-Large", strings.Repeat("x", maxDirectBody))
 	require.False(t, p.direct.suits(large))
+}
+
+// heldConn says when the rest of a request is written that the connection did not take at once.
+type heldConn struct {
+	*net.TCPConn
+
+	rest chan struct{}
+}
+
+func (c heldConn) Write(p []byte) (int, error) {
+	c.rest <- struct{}{}
+	return c.TCPConn.Write(p)
+}
+
+// A request that the connection does not take at once arrives as a whole.
+func TestARequestIsSentInPieces(t *testing.T) {
+	t.Parallel()
+	p, directly, _ := ways(t)
+	dial, rest := p.direct.dial, make(chan struct{}, 1)
+	p.direct.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		c, err := dial(ctx, network, address)
+		if err == nil {
+			counted := c.(*countedConn)
+			counted.Conn = heldConn{counted.Conn.(*net.TCPConn), rest}
+		}
+		return c, err
+	}
+	s := speak(t, func(n int64, c net.Conn, _ *http.Request) bool {
+		_, _ = io.WriteString(c, hi)
+		if n == 1 {
+			<-rest // of the next request
+		}
+		return true
+	})
+	require.Equal(t, "hi", ask(t, s, directly, http.MethodGet).body)
+	<-s.requests
+	body := strings.Repeat("x", 16<<20) // more than any buffer holds
+	var m meter
+	res, err := p.direct.roundTrip(t.Context(), s.request(t, t.Context(), http.MethodPost, body), &m)
+	require.NoError(t, err)
+	_, err = io.Copy(io.Discard, res.Body)
+	require.NoError(t, err)
+	require.Len(t, <-s.requests, len("POST ")+len(body))
+	require.Greater(t, m.wire.sent.Load(), int64(len(body)))
+	measured, wrote := m.snapshot()
+	require.True(t, measured && wrote)
+	require.Equal(t, int64(1), s.conns.Load())
+	kept := p.direct.take(s.address)
+	require.LessOrEqual(t, kept.buffer.Cap(), mostBuffered)
+	p.direct.put(kept)
 }
