@@ -9,10 +9,12 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/pkg/timerslack"
 	"github.com/specql/mesh/services/http-runner/httprunner"
 )
 
 func main() {
+	timerslack.Allow(timerslack.Services)
 	os.Exit(runner.Main("http-runner", func(ctx context.Context, env *runner.Env) (runner.JobRunner, error) {
 		return build(ctx, env, hold()...)
 	}, runner.Flags(flags)))

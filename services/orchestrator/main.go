@@ -25,10 +25,14 @@ import (
 	"github.com/specql/mesh/pkg/mesh"
 	"github.com/specql/mesh/pkg/spec"
 	"github.com/specql/mesh/pkg/telemetry"
+	"github.com/specql/mesh/pkg/timerslack"
 	"github.com/specql/mesh/services/orchestrator/server"
 )
 
-func main() { os.Exit(run()) }
+func main() {
+	timerslack.Allow(timerslack.Services)
+	os.Exit(run())
+}
 
 // garbage is how many bytes of it may gather before they are collected.
 const garbage = 64 << 20

@@ -9,10 +9,12 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/specql/mesh/pkg/runner"
+	"github.com/specql/mesh/pkg/timerslack"
 	"github.com/specql/mesh/services/serverless-runner/serverlessrunner"
 )
 
 func main() {
+	timerslack.Allow(timerslack.Services)
 	os.Exit(runner.Main("serverless-runner", build, runner.Flags(func(fs *pflag.FlagSet) {
 		fs.StringSlice("require-isolation", nil, "ways of holding a job without which the runner does not start, as 'specql runners' names them; all for every one")
 		fs.String("price-table", "", "file of prices by provider and region, YAML or JSON, in place of the one built in")
