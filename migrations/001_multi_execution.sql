@@ -456,6 +456,24 @@ CREATE TABLE IF NOT EXISTS jobs.tb_schema_version (
 );
 ALTER TABLE jobs.tb_schema_version ADD COLUMN IF NOT EXISTS oldest integer;
 
+-- ---------------------------------------------------------------- who sees to what
+
+-- An orchestrator has looked at what it writes, and says so by a setting: 'yes' of bounds, 'all' where it has seen to the states and
+-- the sums of jobs too. It is believed of a session with an orchestrator's rights; not in a function that runs with its owner's
+-- rights, whose caller sets what it likes, nor in a trigger, which does more than the orchestrator knows of. The conditions of
+-- triggers are read anew for each statement, a function's text is not. Its words are those of pg_catalog: in a client's search
+-- path, = may be the client's.
+CREATE OR REPLACE FUNCTION jobs.fn_left_to_triggers(what text) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN coalesce(pg_catalog.current_setting('specql.checked', true), '') OPERATOR(pg_catalog.<>) 'all'
+            AND (what OPERATOR(pg_catalog.=) 'all' OR coalesce(pg_catalog.current_setting('specql.checked', true), '') OPERATOR(pg_catalog.<>) 'yes')
+        OR pg_catalog.pg_trigger_depth() OPERATOR(pg_catalog.>) 0 OR current_user OPERATOR(pg_catalog.<>) session_user
+        OR NOT pg_catalog.has_table_privilege('jobs.tb_orchestrator'::pg_catalog.regclass, 'INSERT');
+END
+$$;
+-- Whoever writes to the tables comes by here.
+GRANT EXECUTE ON FUNCTION jobs.fn_left_to_triggers(text) TO PUBLIC;
+
 -- ---------------------------------------------------------------- states move one way, whoever writes
 
 CREATE OR REPLACE FUNCTION jobs.fn_refuse_state() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -913,15 +931,13 @@ $do$;
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_job_run_stat_insert AFTER INSERT ON jobs.tb_job_run
 REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT
-WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'all' OR pg_trigger_depth() > 0 OR current_user <> session_user
-    OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+WHEN (jobs.fn_left_to_triggers('all'))
 EXECUTE FUNCTION jobs.fn_stat_insert()
 $sql$);
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_job_run_stat_update AFTER UPDATE ON jobs.tb_job_run
 REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT
-WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'all' OR pg_trigger_depth() > 0 OR current_user <> session_user
-    OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+WHEN (jobs.fn_left_to_triggers('all'))
 EXECUTE FUNCTION jobs.fn_stat_update()
 $sql$);
 CALL jobs.pr_patiently($sql$
@@ -1234,10 +1250,8 @@ $$;
 
 -- What nobody can work with is refused to everybody, and what only an orchestrator writes is refused to whoever has not an
 -- orchestrator's rights: else the right to insert would be the right to end a step of a run of somebody else. Rows that are
--- there already are not looked at. An orchestrator has looked at what it writes, and says so by a setting ('yes', or 'all' where it has
--- seen to the states and sums of jobs too): constraints of the table would be read anew for each statement, some thirty of them. The functions have a search path of their own: in a client's,
--- <= may be the client's. Nor is it believed in a function that runs with its owner's rights: its caller sets what it likes;
--- nor in a trigger, which does more than the orchestrator knows of.
+-- there already are not looked at. Constraints of the table would be read anew for each statement, some thirty of them. The functions have a search path of their own: in a client's,
+-- <= may be the client's.
 DO $do$
 DECLARE
     c       record;
@@ -1306,15 +1320,13 @@ $do$;
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_workflow_run_check BEFORE INSERT OR UPDATE OF entity, action, entity_schema, entity_id, owner, epoch, retries, snapshot,
     correlation_id, tenant_id, triggered_by, traceparent, error_code, error_attempts, created_at, started_at, completed_at ON jobs.tb_workflow_run FOR EACH ROW
-WHEN (coalesce(current_setting('specql.checked', true), '') NOT IN ('yes', 'all') OR pg_trigger_depth() > 0 OR current_user <> session_user
-    OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+WHEN (jobs.fn_left_to_triggers('yes'))
 EXECUTE FUNCTION jobs.fn_check_workflow_run()
 $sql$);
 
 CALL jobs.pr_patiently($sql$
 CREATE OR REPLACE TRIGGER tr_job_run_check BEFORE INSERT OR UPDATE ON jobs.tb_job_run FOR EACH ROW
-WHEN (current_setting('specql.checked', true) IS DISTINCT FROM 'all' OR pg_trigger_depth() > 0 OR current_user <> session_user
-    OR NOT has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT'))
+WHEN (jobs.fn_left_to_triggers('all'))
 EXECUTE FUNCTION jobs.fn_check_job_run()
 $sql$);
 

@@ -220,6 +220,9 @@ func TestRules(t *testing.T) {
 		CREATE FUNCTION rules_client.octet_length(text) RETURNS integer LANGUAGE sql AS 'SELECT 0';
 		CREATE FUNCTION rules_client.has_table_privilege(regclass, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
 		CREATE FUNCTION rules_client.same(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+		CREATE FUNCTION rules_client.current_setting(text, boolean) RETURNS text LANGUAGE sql AS $f$ SELECT 'all' $f$;
+		CREATE FUNCTION rules_client.differ(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT false';
+		CREATE OPERATOR rules_client.<> (LEFTARG = text, RIGHTARG = text, FUNCTION = rules_client.differ);
 		CREATE OPERATOR rules_client.= (LEFTARG = text, RIGHTARG = text, FUNCTION = rules_client.same)`)
 	c.Psql(t, url, "INSERT INTO jobs.tb_workflow_run (entity, action, status) VALUES ('x', 'y', 'completed')")
 	for statement, want := range map[string]string{

@@ -390,9 +390,9 @@ func newStatements(types map[string]string, sumColumns []string) *statements {
 	}
 	s.updateJobs = update("")
 	s.endJobs = update(" AND j.status IN ('pending', 'running')")
-	// The condition is that of the triggers: either they count, or this does.
+	// Either the triggers count, or this does.
 	s.addSums = fmt.Sprintf(`INSERT INTO jobs.tb_job_stat (%s) SELECT s.%s FROM unnest($1::text::jobs.tb_job_stat[]) s
-		WHERE current_setting('specql.checked', true) = 'all' AND current_user = session_user AND has_table_privilege('jobs.tb_orchestrator'::regclass, 'INSERT')`,
+		WHERE NOT jobs.fn_left_to_triggers('all')`,
 		strings.Join(s.sumColumns, ", "), strings.Join(s.sumColumns, ", s."))
 
 	set = ""
