@@ -428,6 +428,9 @@ func (a *attempt) try(ctx context.Context, wait time.Duration, attach bool) (*en
 	telemetry.Enter(ctx, "dispatch")
 	start.AttachOnly, start.More, start.Batch = attach, !alone, a.batched()
 	telemetry.Propagator().Inject(ctx, propagation.MapCarrier(start.GetTraceContext()))
+	if !w.sends() {
+		return b.outcome(context.Cause(ctx))
+	}
 	if err := t.send(&runnerv1.ExecuteRequest{Command: &runnerv1.ExecuteRequest_Start{Start: start}}); err != nil {
 		if reused || !errors.Is(err, io.EOF) {
 			return b.outcome(err) // nothing was sent: the stream had ended before, for one
@@ -477,8 +480,17 @@ type watcher struct {
 	t      *turn
 	attach bool
 
-	mu                sync.Mutex
-	isSent, cancelled bool
+	mu                         sync.Mutex
+	sending, isSent, cancelled bool
+}
+
+// sends says whether the job is to be sent. From then on it may have begun before its sender knows that it was sent, so
+// that a cancel breaks nothing any more but waits for that.
+func (w *watcher) sends() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.sending = !w.cancelled || w.attach
+	return w.sending
 }
 
 // sent says that there is something to be ended over there.
@@ -501,12 +513,12 @@ func (w *watcher) ended() {
 	w.mu.Lock()
 	w.cancelled = true
 	sent := w.isSent
-	w.mu.Unlock()
-	switch {
-	case sent:
-		w.cancel()
-	case !w.attach: // one that is attached to is cancelled once it is found
+	if !w.sending && !w.attach { // one that is attached to is cancelled once it is found
 		w.t.stop(context.Cause(w.ctx))
+	}
+	w.mu.Unlock()
+	if sent {
+		w.cancel()
 	}
 }
 
