@@ -33,6 +33,9 @@ const (
 
 // classify says what a failed exchange means.
 func (c *call) classify(ctx context.Context, err error, method string, u *url.URL) *fault.Error {
+	if pastDeadline(ctx, err) {
+		<-ctx.Done() // it tells why
+	}
 	if ctx.Err() != nil {
 		return fault.From(context.Cause(ctx))
 	}
@@ -78,6 +81,14 @@ func (c *call) classify(ctx context.Context, err error, method string, u *url.UR
 		return remote("the answer is not valid HTTP: " + excerpt([]byte(innermost(err))))
 	}
 	return fault.Wrap(err, fault.Unavailable, "%s: %s", what, excerpt([]byte(innermost(err))))
+}
+
+// pastDeadline says whether an exchange ended with the deadline of its call: a dial looks at the clock itself, and may
+// see it before the timer of the context has fired.
+func pastDeadline(ctx context.Context, err error) bool {
+	deadline, limited := ctx.Deadline()
+	netErr, ok := errors.AsType[net.Error](err)
+	return limited && ok && netErr.Timeout() && !time.Now().Before(deadline)
 }
 
 // refuseAddress notes an address that the policy forbids.

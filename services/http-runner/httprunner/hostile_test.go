@@ -642,7 +642,25 @@ func TestEndOfTheContext(t *testing.T) {
 		result := attempt{config: object{"base_url": rec.URL}}.run(ctx, t, newRunner(t, Options{}))
 		require.EqualError(t, result.Err, "TIMEOUT: 30 ms are over")
 	})
+	t.Run("timeout that a dial sees before its timer fires", func(t *testing.T) {
+		t.Parallel()
+		rec := record(t, nil)
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 100*time.Millisecond, fault.New(fault.Timeout, "it is over"))
+		defer cancel()
+		result := attempt{config: object{"base_url": rec.URL}}.run(overdue{ctx, time.Now()}, t, newRunner(t, Options{}))
+		require.EqualError(t, result.Err, "TIMEOUT: it is over")
+		require.Empty(t, rec.all())
+	})
 }
+
+// overdue is a context whose timer is late.
+type overdue struct {
+	context.Context
+
+	deadline time.Time
+}
+
+func (o overdue) Deadline() (time.Time, bool) { return o.deadline, true }
 
 func TestNoProxyOfTheEnvironment(t *testing.T) {
 	proxy := record(t, nil)
