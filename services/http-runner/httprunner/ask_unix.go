@@ -22,7 +22,8 @@ var errNotQuiet = errors.New("the connection is used up")
 
 // ask sends the request on a connection that is open and has nothing to say, and reads the beginning of the answer. The
 // connection is waited for once, and only after the request has left: Write and Read would look for the answer at once,
-// which is never there yet. What the connection does not take at once is left.
+// which is never there yet. On a new connection it may be: a server that has no room says so before it is asked, and what
+// was there before the wait began ends none. What the connection does not take at once is left.
 func (c *directConn) ask(p []byte) (int, error) {
 	a := &c.asking
 	a.into, a.n, a.err = p, 0, nil
@@ -55,7 +56,7 @@ func (c *directConn) step(fd uintptr) (done bool) {
 		}
 		c.counted.counter().sent.Add(int64(n))
 		c.wrote(n)
-		if len(c.unsent) == 0 {
+		if len(c.unsent) == 0 && c.reused {
 			return false
 		}
 	}
