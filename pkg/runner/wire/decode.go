@@ -408,6 +408,7 @@ func (d *decoder) event(t *told) {
 		}
 		d.leave(outer)
 	case 4<<3 | bytes:
+		d.odd = d.odd || t.finished.taken // the room for checks is that of one end
 		p := t.finished.take()
 		m.Event = &p.event
 		f := &p.finished

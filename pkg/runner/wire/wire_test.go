@@ -217,6 +217,22 @@ func TestTextsAreUTF8(t *testing.T) {
 	require.Error(t, Codec().Unmarshal(mem.BufferSlice{mem.SliceBuffer("\x32\x07\x0a\x05\x12\x03\x1a\x01\xff")}, &runnerv1.ExecuteResponse{}))
 }
 
+// TestTwoEnds: what one end of a job says is not that of another in the same batch.
+func TestTwoEnds(t *testing.T) {
+	end := func(s *runnerv1.SecurityContext) *runnerv1.ExecuteResponse {
+		return &runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Finished{Finished: &runnerv1.Finished{Security: s}}}
+	}
+	sent := &runnerv1.ExecuteResponse{Event: &runnerv1.ExecuteResponse_Batch{Batch: &runnerv1.Batch{Events: []*runnerv1.ExecuteResponse{
+		end(&runnerv1.SecurityContext{Checks: []*runnerv1.PolicyCheck{{Rule: "allowed_domains", Subject: "other.example", Detail: "denied"}}, Isolation: []string{"seccomp"}}),
+		end(&runnerv1.SecurityContext{Checks: []*runnerv1.PolicyCheck{{Rule: "other", Allowed: true}}, Isolation: []string{"none"}}),
+	}}}}
+	data, err := proto.Marshal(sent)
+	require.NoError(t, err)
+	got := &runnerv1.ExecuteResponse{}
+	require.NoError(t, Codec().Unmarshal(mem.BufferSlice{mem.SliceBuffer(data)}, got))
+	require.True(t, proto.Equal(sent, got), "%v", got)
+}
+
 // FuzzDecode holds what is decoded here against protobuf: what one takes the other takes, and it is the same.
 func FuzzDecode(f *testing.F) {
 	for _, m := range filled() {
