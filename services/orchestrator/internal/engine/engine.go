@@ -617,7 +617,8 @@ func (e *Engine) Retry(ctx context.Context, id string) error {
 		}
 		return err
 	}
-	if err := r.flush(ctx); err != nil {
+	// Whoever asked may be gone: once it is written, the run has to go on.
+	if err := r.flush(context.WithoutCancel(ctx)); err != nil {
 		e.forget(r)
 		return err
 	}
