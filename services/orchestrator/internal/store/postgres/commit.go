@@ -274,7 +274,7 @@ func (s *Store) queue(b *pgx.Batch, records []*store.Record, keep bool) {
 		s.queueParts(b, runs, nil, nil, false)
 		queueRows(b, s.sql.insertNewJobs, newJobColumns, fresh, false)
 	} else {
-		kept := keep && !slices.ContainsFunc(records, func(r *store.Record) bool { return !keepsRules(r) })
+		kept := keep && s.sums.Load() && !slices.ContainsFunc(records, func(r *store.Record) bool { return !keepsRules(r) })
 		if keep && !kept {
 			b.Queue(leaveRules)
 		}

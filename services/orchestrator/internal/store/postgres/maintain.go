@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -23,6 +24,16 @@ const pruneBatch = 500
 
 // Maintain implements [store.Store]. Snapshots stay: they are few, and runs point at them.
 func (s *Store) Maintain(ctx context.Context, retain time.Duration) error {
+	err := s.with(ctx, func(ctx context.Context, c *pgx.Conn) error {
+		sums, err := lookAtSums(ctx, c)
+		if err == nil {
+			s.sums.Store(sums.same && slices.Equal(sums.columns, s.sql.sumColumns))
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("maintain the database: %w", err)
+	}
 	batch := pruneBatch
 	for {
 		more := false

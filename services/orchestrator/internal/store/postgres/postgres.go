@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -48,8 +49,10 @@ type Store struct {
 	// writers are the connections of commits and heartbeats, which no reader can take away.
 	writers *pgxpool.Pool
 	sql     *statements
-	closed  chan struct{}
-	close   sync.Once
+	// sums says whether commits work out the sums of jobs; else the triggers do.
+	sums   atomic.Bool
+	closed chan struct{}
+	close  sync.Once
 
 	mu     sync.RWMutex
 	tables map[string]*table // columns of entity tables, by quoted name
@@ -102,7 +105,8 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s.sql = newStatements(types, sums)
+	s.sql = newStatements(types, sums.columns)
+	s.sums.Store(sums.same)
 	return s, nil
 }
 

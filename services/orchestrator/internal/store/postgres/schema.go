@@ -27,20 +27,56 @@ type Problem struct {
 // migrateMend is the mend of most problems.
 const migrateMend = "run specql migrate-schema --database URL, or psql -v ON_ERROR_STOP=1 -f migrations/001_multi_execution.sql, as the owner of the schema jobs"
 
-// check sees that the schema is the one that this program knows, and returns the types of the columns of tb_job_run and the columns of
-// tb_job_stat in their order.
-func (s *Store) check(ctx context.Context) (types map[string]string, sums []string, err error) {
+// ungated finds the triggers that do what [Store] does itself, and do not ask whether it has: those of an older version's file, over which a
+// newer one was before.
+const ungated = `SELECT k.relname || '.' || t.tgname, 'of another version' FROM pg_trigger t JOIN pg_class k ON k.oid = t.tgrelid
+	WHERE t.tgrelid IN (to_regclass('jobs.tb_job_run'), to_regclass('jobs.tb_workflow_run'))
+		AND t.tgname IN ('tr_job_run_check', 'tr_job_run_stat_insert', 'tr_job_run_stat_update', 'tr_workflow_run_check')
+		AND pg_get_triggerdef(t.oid) NOT LIKE '%fn_left_to_triggers%'`
+
+// standing is what tells whether the sums of jobs can be worked out before they are written.
+type standing struct {
+	// columns are those of tb_job_stat, in their order.
+	columns []string
+	// same says that tb_job_run keeps what is written to it: an upgraded table may round times, and a trigger of somebody else
+	// may change rows.
+	same bool
+}
+
+func lookAtSums(ctx context.Context, q querier) (standing, error) {
+	columns, err := query(ctx, q, pgx.RowTo[string], `SELECT attname::text FROM pg_attribute
+		WHERE attrelid = 'jobs.tb_job_stat'::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum`)
+	if err != nil {
+		return standing{}, err
+	}
+	same, err := one(ctx, q, pgx.RowTo[bool], `SELECT NOT EXISTS (SELECT FROM pg_attribute
+			WHERE attrelid = 'jobs.tb_job_run'::regclass AND attname IN ('duration_seconds', 'created_at', 'started_at', 'completed_at')
+				AND format_type(atttypid, atttypmod) <> CASE attname WHEN 'duration_seconds' THEN 'double precision' ELSE 'timestamp with time zone' END)
+		AND NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'jobs.tb_job_run'::regclass AND NOT tgisinternal AND tgenabled <> 'D'
+			AND tgtype & 3 = 3 AND tgname <> 'tr_job_run_check')`) // 3: for each row, before
+	return standing{columns, same}, err
+}
+
+// check sees that the schema is the one that this program knows, and returns the types of the columns of tb_job_run and how it
+// stands with the sums.
+func (s *Store) check(ctx context.Context) (types map[string]string, sums standing, err error) {
 	types = map[string]string{}
 	err = s.with(ctx, func(ctx context.Context, c *pgx.Conn) error {
 		if err := checkVersion(ctx, c); err != nil {
 			return err
 		}
-		sums, err = query(ctx, c, pgx.RowTo[string], `SELECT attname::text FROM pg_attribute
-			WHERE attrelid = 'jobs.tb_job_stat'::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum`)
-		if err != nil {
+		var old bool
+		if err := c.QueryRow(ctx, "SELECT EXISTS ("+ungated+")").Scan(&old); err != nil {
 			return err
 		}
-		_, err := query(ctx, c, func(row pgx.CollectableRow) (struct{}, error) {
+		if old {
+			return fmt.Errorf("%w: an older version's file made its triggers anew; %s", store.ErrNotReady, migrateMend)
+		}
+		var err error
+		if sums, err = lookAtSums(ctx, c); err != nil {
+			return err
+		}
+		_, err = query(ctx, c, func(row pgx.CollectableRow) (struct{}, error) {
 			var name, kind string
 			err := row.Scan(&name, &kind)
 			types[name] = base(kind)
@@ -409,6 +445,14 @@ func validateRest(ctx context.Context, c *pgx.Conn, w wanted, tables map[string]
 		case "D", "R":
 			add(fmt.Sprintf("ALTER TABLE jobs.%s ENABLE TRIGGER %s", trigger[0], trigger[1]), "trigger %s of jobs.%s is disabled", trigger[1], trigger[0])
 		}
+	}
+	others, err := pairs(ungated)
+	if err != nil {
+		return err
+	}
+	for _, name := range sortedKeys(others) {
+		table, trigger, _ := strings.Cut(name, ".")
+		add(migrateMend, "trigger %s of jobs.%s is that of an older version", trigger, table)
 	}
 	functions, err := pairs("SELECT p.proname::text, 'there' FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'jobs'")
 	if err != nil {

@@ -167,8 +167,8 @@ func slotOf(seconds float64) int64 {
 
 // sumColumns are the columns of tb_job_stat, and how the text of a value is added; nothing for null.
 var sumColumns = map[string]func(b []byte, s *jobSum) []byte{
-	"created_at":      func(b []byte, s *jobSum) []byte { return appendTime(b, time.Unix(s.key.createdAt, 0)) },
-	"ended_at":        func(b []byte, s *jobSum) []byte { return appendTime(b, time.Unix(s.key.endedAt, 0)) },
+	"created_at":      func(b []byte, s *jobSum) []byte { return appendMoment(b, time.Unix(s.key.createdAt, 0)) },
+	"ended_at":        func(b []byte, s *jobSum) []byte { return appendMoment(b, time.Unix(s.key.endedAt, 0)) },
 	"execution_type":  func(b []byte, s *jobSum) []byte { return appendText(b, s.key.executionType) },
 	"service_name":    func(b []byte, s *jobSum) []byte { return appendText(b, s.key.service) },
 	"operation":       func(b []byte, s *jobSum) []byte { return appendText(b, s.key.operation) },
@@ -241,11 +241,15 @@ func appendMax(b []byte, t *total) []byte {
 	return strconv.AppendFloat(b, t.max, 'g', -1, 64)
 }
 
-// appendTime adds a time as PostgreSQL keeps it: what is below a microsecond is cut off.
 func appendTime(b []byte, t time.Time) []byte {
 	if t.IsZero() {
 		return b
 	}
+	return appendMoment(b, t)
+}
+
+// appendMoment adds a time as PostgreSQL keeps it: what is below a microsecond is cut off.
+func appendMoment(b []byte, t time.Time) []byte {
 	return time.UnixMicro(t.UnixMicro()).UTC().AppendFormat(b, "2006-01-02 15:04:05.999999Z07:00")
 }
 

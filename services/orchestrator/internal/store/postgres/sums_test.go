@@ -61,6 +61,9 @@ func (e *endings) started(n int) []*store.Job {
 			Service: e.pick("api", `a "b" \c,(d){e}`, ""), Operation: e.pick("op", "ö\np"), ExecutionType: e.pick("http", "shell"),
 			Status: store.Running, Attempts: e.random.IntN(3), MaxAttempts: 3, CreatedAt: created,
 		}
+		if e.random.IntN(20) == 0 {
+			jobs[i].CreatedAt = time.Date(1, 1, 1, 5, 0, 0, 1, time.UTC)
+		}
 		if e.random.IntN(4) > 0 {
 			jobs[i].StartedAt = created.Add(time.Duration(e.random.Int64N(int64(time.Minute))))
 		}
@@ -220,4 +223,60 @@ func TestTriggersOfOthersAreCounted(t *testing.T) {
 	e.commit(&store.Record{RunID: e.run.ID, Epoch: 1, Sequence: 2, Run: &store.RunChange{Status: store.Completed, CompletedAt: time.Now()}})
 	require.Equal(t, "INTERNAL", view(t, st, "SELECT error_code FROM jobs.tb_job_run WHERE service_name = 'after'")[0]["error_code"])
 	e.equalCount()
+}
+
+// TestSumsOfWhatIsKept: where a table keeps something else than what is written to it, the triggers count.
+func TestSumsOfWhatIsKept(t *testing.T) {
+	old := func(change ...string) *Store {
+		address := pgtest.Database(t)
+		pgtest.Shared(t).Psql(t, address, "CREATE SCHEMA jobs; "+strings.NewReplacer(change...).Replace(legacyTables["plain"]))
+		_, err := Migrate(t.Context(), Options{URL: address})
+		require.NoError(t, err)
+		return openAt(t, address)
+	}
+	const ids = "tenant_id uuid NOT NULL, triggered_by uuid NOT NULL"
+	commit := func(st *Store) {
+		t.Helper()
+		e := newEndings(t, st)
+		for range 10 {
+			jobs := e.started(3)
+			e.end(jobs)
+			e.commit(&store.Record{RunID: e.run.ID, Epoch: 1, Sequence: 1, ChangedJobs: jobs})
+		}
+		e.equalCount()
+	}
+	commit(old(ids, "tenant_id uuid, triggered_by uuid, duration_seconds integer"))
+	commit(old(ids, "tenant_id uuid, triggered_by uuid", "timestamptz", "timestamptz(0)"))
+
+	// What is changed later is noticed with the next upkeep.
+	for _, change := range []string{
+		`CREATE FUNCTION public.loud() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.service_name := upper(NEW.service_name); RETURN NEW; END $$;
+			CREATE TRIGGER loud BEFORE INSERT OR UPDATE ON jobs.tb_job_run FOR EACH ROW EXECUTE FUNCTION public.loud()`,
+		"ALTER TABLE jobs.tb_job_stat ADD COLUMN later bigint",
+	} {
+		st := openTest(t)
+		require.True(t, st.sums.Load())
+		require.NoError(t, run(t, st, change))
+		require.NoError(t, st.Maintain(t.Context(), 0))
+		require.False(t, st.sums.Load())
+		commit(st)
+	}
+}
+
+// TestTriggersOfAnOlderVersion: an older file that was run again brings back triggers that count everything. Nobody begins to work
+// beside them, and the migration puts them right.
+func TestTriggersOfAnOlderVersion(t *testing.T) {
+	address := ready(t)
+	pgtest.Shared(t).Psql(t, address, `CREATE OR REPLACE TRIGGER tr_job_run_stat_update AFTER UPDATE ON jobs.tb_job_run
+		REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION jobs.fn_stat_update()`)
+	_, err := Open(t.Context(), Options{URL: address})
+	require.ErrorIs(t, err, store.ErrNotReady)
+	problems, err := Validate(t.Context(), Options{URL: address})
+	require.NoError(t, err)
+	require.Len(t, problems, 1)
+	require.Equal(t, "trigger tr_job_run_stat_update of jobs.tb_job_run is that of an older version", problems[0].What)
+	applied, err := Migrate(t.Context(), Options{URL: address})
+	require.NoError(t, err)
+	require.Equal(t, versions(t), applied)
+	openAt(t, address)
 }
