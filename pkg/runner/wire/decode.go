@@ -113,29 +113,19 @@ func (d *decoder) float() float64 {
 	return math.Float64frombits(n)
 }
 
-func (d *decoder) time(t *timestamppb.Timestamp) {
-	outer := d.enter()
-	for tag := d.next(); tag != 0; tag = d.next() {
-		switch tag {
-		case 1<<3 | varint:
-			t.Seconds = int64(d.varint()) //nolint:gosec // as protobuf has it
-		case 2<<3 | varint:
-			t.Nanos = d.int32()
-		default:
-			d.odd = true
-		}
-	}
-	d.leave(outer)
-}
+func (d *decoder) time(t *timestamppb.Timestamp) { d.seconds(&t.Seconds, &t.Nanos) }
 
-func (d *decoder) duration(t *durationpb.Duration) {
+func (d *decoder) duration(t *durationpb.Duration) { d.seconds(&t.Seconds, &t.Nanos) }
+
+// seconds reads what a time and a duration have alike.
+func (d *decoder) seconds(seconds *int64, nanos *int32) {
 	outer := d.enter()
 	for tag := d.next(); tag != 0; tag = d.next() {
 		switch tag {
 		case 1<<3 | varint:
-			t.Seconds = int64(d.varint()) //nolint:gosec // as protobuf has it
+			*seconds = int64(d.varint()) //nolint:gosec // as protobuf has it
 		case 2<<3 | varint:
-			t.Nanos = d.int32()
+			*nanos = d.int32()
 		default:
 			d.odd = true
 		}

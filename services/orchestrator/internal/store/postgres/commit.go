@@ -239,7 +239,8 @@ func check(r *store.Record) error {
 }
 
 // queue adds the statements of records, but for entities' rows: a few for all of them, rows in the order of their ids so that two
-// orchestrators that write the same rows wait for each other rather than deadlock.
+// orchestrators that write the same rows wait for each other rather than deadlock. Where keep allows it, and all records are as usual, what
+// the triggers of jobs would see to is seen to here.
 func (s *Store) queue(b *pgx.Batch, records []*store.Record, keep bool) {
 	runs := s.queueRuns(b, records)
 	var fresh, full, adopted, changed []*store.Job
@@ -267,17 +268,15 @@ func (s *Store) queue(b *pgx.Batch, records []*store.Record, keep bool) {
 		slices.SortFunc(wave, func(a, b *store.Job) int { return cmp.Compare(a.ID, b.ID) })
 	}
 	// A statement does not see what it inserts itself, nor what comes behind it.
-	if len(ended) > 1 || overlap(fresh, changed) || overlap(full, changed) || overlap(adopted, changed) {
-		if keep {
-			b.Queue(leaveRules)
-		}
+	apart := len(ended) > 1 || overlap(fresh, changed) || overlap(full, changed) || overlap(adopted, changed)
+	kept := keep && !apart && s.sums.Load() && !slices.ContainsFunc(records, func(r *store.Record) bool { return !keepsRules(r) })
+	if keep && !kept {
+		b.Queue(leaveRules)
+	}
+	if apart {
 		s.queueParts(b, runs, nil, nil, false)
 		queueRows(b, s.sql.insertNewJobs, newJobColumns, fresh, false)
 	} else {
-		kept := keep && s.sums.Load() && !slices.ContainsFunc(records, func(r *store.Record) bool { return !keepsRules(r) })
-		if keep && !kept {
-			b.Queue(leaveRules)
-		}
 		s.queueParts(b, runs, fresh, changed, kept)
 		ended = nil
 	}
