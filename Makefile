@@ -173,7 +173,7 @@ bench-peers: ## The same shapes in SpecQL Mesh, DBOS Transact, River and Tempora
 
 .PHONY: bench-scale
 bench-scale: ## What grows: workflows a second, payloads, orchestrators, sleeping runs, stored jobs (10 million: 40 GB of disk, half an hour)
-	for what in -ramps -payloads -orchestrators '-sleepers 100000' '-stored 10000000'; do go -C bench run . -root .. $$what; done
+	for what in -ramps -payloads -orchestrators -runners '-sleepers 100000' '-stored 10000000'; do go -C bench run . -root .. $$what; done
 
 .PHONY: bench-guard
 bench-guard: ## A short bench that fails where a count, or a ratio to a floor of the same run, is far beyond what it was

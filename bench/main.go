@@ -69,6 +69,7 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 	stored := fs.Int("stored", 0, "measure what so many jobs that have ended cost a new run, and nothing else")
 	sizes := fs.Bool("payloads", false, "measure what the size of inputs and outputs costs, and nothing else")
 	several := fs.Bool("orchestrators", false, "measure one, two and four orchestrators on one database, and nothing else")
+	replicas := fs.Bool("runners", false, "measure one, two and four replicas of the runner, and nothing else")
 	open := fs.Bool("ramps", false, "start 100, 500 and 2,000 workflows a second whether or not others have ended, and nothing else")
 	withPeers := fs.Bool("peers", false, "measure DBOS Transact, River (one step alone) and Temporal in the same shapes, in turn")
 	stepsOf := fs.String("steps", "", "measure what single steps of these execution types cost beside what they run, with commas between, and nothing else")
@@ -133,6 +134,8 @@ func run(ctx context.Context, args []string, progress io.Writer) (err error) {
 		return b.payloads(ctx, m, s.client)
 	case *several:
 		return b.orchestrators(ctx, m, s)
+	case *replicas:
+		return b.runners(ctx, m, s)
 	case *open:
 		return b.ramps(ctx, m, s.client)
 	}

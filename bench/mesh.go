@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -93,8 +94,10 @@ func (p *program) end() {
 type system struct {
 	orchestrator, runner *program
 	client               *client.Client
-	// flags are those of the orchestrator.
+	// flags are those of the orchestrator, but for where the runner is.
 	flags []string
+	// address is that of the runner.
+	address string
 }
 
 const registry = `services:
@@ -147,6 +150,7 @@ func startSystem(ctx context.Context, ca *mesh.Authority, bin, dir, database str
 	if err != nil {
 		return nil, err
 	}
+	s.address = address
 	if s.runner, _, err = start(ctx, dir, "noop-runner", filepath.Join(bin, "noop-runner"), append(tls, "--listen", address, "--max-concurrency", "100000")...); err != nil {
 		return nil, err
 	}
@@ -154,8 +158,8 @@ func startSystem(ctx context.Context, ca *mesh.Authority, bin, dir, database str
 		return nil, err
 	}
 	var api string
-	s.flags = append(tls, "--listen", "127.0.0.1:0", "--database", database, "--registry", file, "--runner", "noop="+address, "--max-runs", "1000000")
-	if s.orchestrator, api, err = start(ctx, dir, "orchestrator", filepath.Join(bin, "orchestrator"), s.flags...); err != nil {
+	s.flags = append(tls, "--listen", "127.0.0.1:0", "--database", database, "--registry", file, "--max-runs", "1000000")
+	if s.orchestrator, api, err = start(ctx, dir, "orchestrator", filepath.Join(bin, "orchestrator"), s.orchestratorFlags()...); err != nil {
 		return nil, err
 	}
 	if _, err = certificates(ca, dir, "client"); err != nil {
@@ -163,6 +167,10 @@ func startSystem(ctx context.Context, ca *mesh.Authority, bin, dir, database str
 	}
 	s.client, err = s.dial(dir, api)
 	return s, err
+}
+
+func (s *system) orchestratorFlags() []string {
+	return append(slices.Clone(s.flags), "--runner", "noop="+s.address)
 }
 
 func (*system) dial(dir, api string) (*client.Client, error) {
@@ -184,8 +192,8 @@ func (s *system) end() error {
 }
 
 // certificates issues a certificate for a role and gives the flags of a service that has it.
-func certificates(ca *mesh.Authority, dir, role string) ([]string, error) {
-	c, err := ca.Issue(role)
+func certificates(ca *mesh.Authority, dir, role string, hosts ...string) ([]string, error) {
+	c, err := ca.Issue(role, hosts...)
 	if err != nil {
 		return nil, err
 	}

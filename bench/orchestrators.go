@@ -62,7 +62,7 @@ func (b *bench) orchestrators(ctx context.Context, m *meter, s *system) (err err
 
 // another starts one more orchestrator on the same database, with the same runner.
 func (s *system) another(ctx context.Context, bin, dir, name string) (*program, *client.Client, error) {
-	p, api, err := start(ctx, dir, name, filepath.Join(bin, "orchestrator"), s.flags...)
+	p, api, err := start(ctx, dir, name, filepath.Join(bin, "orchestrator"), s.orchestratorFlags()...)
 	if err != nil {
 		return nil, nil, err
 	}

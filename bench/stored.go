@@ -63,20 +63,21 @@ func (b *bench) stored(ctx context.Context, few *meter, s *system, jobs, rounds 
 			return err
 		}
 	}
-	for range rounds {
+	pairs := map[int][][2]*result{}
+	for round := range rounds {
 		for _, concurrency := range []int{1, 32} {
-			for _, side := range sides {
-				if err := b.measure(ctx, side.meter, side.system.client, one, concurrency); err != nil {
+			var pair [2]*result
+			for i := range sides {
+				i = (i + round) % len(sides) // neither is always the second
+				if err := b.measure(ctx, sides[i].meter, sides[i].system.client, one, concurrency); err != nil {
 					return err
 				}
+				pair[i] = b.results[len(b.results)-1]
 			}
+			pairs[concurrency] = append(pairs[concurrency], pair)
 		}
 	}
-	for i, concurrency := range []int{1, 32} {
-		var pairs [][2]*result
-		for n := 2 * i; n < len(b.results); n += 4 {
-			pairs = append(pairs, [2]*result{b.results[n], b.results[n+1]})
-		}
+	for _, concurrency := range []int{1, 32} {
 		for _, figure := range []struct {
 			name string
 			get  func(*result) float64
@@ -88,9 +89,9 @@ func (b *bench) stored(ctx context.Context, few *meter, s *system, jobs, rounds 
 			{"write transactions", writes},
 		} {
 			of := func(side int) spread {
-				return spreadOf(pairs, func(p [2]*result) float64 { return figure.get(p[side]) })
+				return spreadOf(pairs[concurrency], func(p [2]*result) float64 { return figure.get(p[side]) })
 			}
-			ratio := spreadOf(pairs, func(p [2]*result) float64 { return figure.get(p[1]) / figure.get(p[0]) })
+			ratio := spreadOf(pairs[concurrency], func(p [2]*result) float64 { return figure.get(p[1]) / figure.get(p[0]) })
 			b.sayf("1 step x %d: %s: %s without, %s with: with over without, round by round, %s", concurrency, figure.name, of(0).text(3), of(1).text(3), ratio.text(2))
 		}
 	}
