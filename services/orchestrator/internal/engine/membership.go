@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sync"
 	"time"
 
@@ -541,33 +542,46 @@ func (e *Engine) maintains(ctx context.Context) {
 }
 
 // follows looks at runs that are watched here and walked elsewhere: a watcher that is behind
-// reads on from the store.
+// reads on from the store. As long as nobody watches, it sleeps.
 func (e *Engine) follows(ctx context.Context) {
-	each(ctx, followInterval, nil, func() {
-		ids := e.hub.ids()
-		foreign := ids[:0]
-		for _, id := range ids {
-			if e.running(id) == nil {
-				foreign = append(foreign, id)
-			}
-		}
-		if len(foreign) == 0 {
+	for {
+		select {
+		case <-ctx.Done():
 			return
+		case <-e.hub.joined:
 		}
-		wctx, cancel := context.WithTimeout(ctx, storeWait)
-		defer cancel()
-		states, err := e.Store.RunStates(wctx, foreign)
-		if err != nil {
-			return // the watchers' own reads tell them
-		}
-		for _, id := range foreign {
-			s, there := states[id]
-			if !there {
-				s = store.RunState{Sequence: math.MaxInt64} // it is gone, which its watchers find
+		watched, end := context.WithCancel(ctx)
+		each(watched, followInterval, nil, func() {
+			ids := e.hub.ids()
+			if len(ids) == 0 {
+				end()
+				return
 			}
-			e.hub.behind(id, s)
+			e.follow(ctx, ids)
+		})
+		end()
+	}
+}
+
+// follow looks at those of the runs that are not walked here.
+func (e *Engine) follow(ctx context.Context, ids []string) {
+	foreign := slices.DeleteFunc(ids, func(id string) bool { return e.running(id) != nil })
+	if len(foreign) == 0 {
+		return
+	}
+	wctx, cancel := context.WithTimeout(ctx, storeWait)
+	defer cancel()
+	states, err := e.Store.RunStates(wctx, foreign)
+	if err != nil {
+		return // the watchers' own reads tell them
+	}
+	for _, id := range foreign {
+		s, there := states[id]
+		if !there {
+			s = store.RunState{Sequence: math.MaxInt64} // it is gone, which its watchers find
 		}
-	})
+		e.hub.behind(id, s)
+	}
 }
 
 // handOver gives up a run that this orchestrator lets go of while it drains, so that another

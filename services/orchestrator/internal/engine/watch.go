@@ -39,9 +39,13 @@ type hub struct {
 	mu     sync.Mutex
 	subs   map[string]map[*subscription]struct{}
 	closed bool
+	// joined has a token since somebody began to watch.
+	joined chan struct{}
 }
 
-func newHub() *hub { return &hub{subs: map[string]map[*subscription]struct{}{}} }
+func newHub() *hub {
+	return &hub{subs: map[string]map[*subscription]struct{}{}, joined: make(chan struct{}, 1)}
+}
 
 func (h *hub) subscribe(id string, logs bool) *subscription {
 	s := &subscription{events: make(chan *Event, subscriptionSize), lagged: make(chan struct{}), logs: logs}
@@ -57,6 +61,7 @@ func (h *hub) subscribe(id string, logs bool) *subscription {
 		h.subs[id] = map[*subscription]struct{}{}
 	}
 	h.subs[id][s] = struct{}{}
+	poke(h.joined)
 	return s
 }
 
