@@ -172,7 +172,7 @@ bench-peers: ## The same shapes in SpecQL Mesh, DBOS Transact, River and Tempora
 	GOWORK=off go -C bench run . -root .. -peers -shapes '^(1 step|10 sequential|40 sequential|100 parallel) x (1|32)$$'
 
 .PHONY: bench-scale
-bench-scale: ## What grows: workflows a second, payloads, orchestrators, sleeping runs, stored jobs (10 million: 40 GB of disk, half an hour)
+bench-scale: ## What grows: workflows a second, payloads, orchestrators, replicas, sleeping runs, stored jobs (10 million: 40 GB of disk, half an hour)
 	for what in -ramps -payloads -orchestrators -runners '-sleepers 100000' '-stored 10000000'; do go -C bench run . -root .. $$what; done
 
 .PHONY: bench-guard
