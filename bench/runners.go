@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"strconv"
 	"sync"
@@ -19,7 +20,11 @@ const replicasName = "noop-runner.bench"
 // runners measures one, two and four replicas of the runner behind one name, as a service of Kubernetes without an address of its own is one.
 // The replicas listen on one port of 127.0.0.1, 127.0.0.2 and so on.
 func (b *bench) runners(ctx context.Context, m *meter, s *system) (err error) {
-	tls, err := certificates(b.ca, b.dir, "noop-runner", replicasName)
+	dir := filepath.Join(b.dir, "replicas")
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		return err
+	}
+	tls, err := certificates(b.ca, dir, "noop-runner", replicasName)
 	if err != nil {
 		return err
 	}
@@ -47,7 +52,7 @@ func (b *bench) runners(ctx context.Context, m *meter, s *system) (err error) {
 		for len(replicas) < n {
 			name := "replica-" + strconv.Itoa(len(replicas)+1)
 			address := net.IPv4(127, 0, 0, byte(1+len(replicas))) //nolint:gosec // few
-			p, _, err := start(ctx, b.dir, name, filepath.Join(b.bin, "noop-runner"),
+			p, _, err := start(ctx, dir, name, filepath.Join(b.bin, "noop-runner"),
 				append(tls, "--listen", net.JoinHostPort(address.String(), port), "--max-concurrency", "100000")...)
 			if err != nil {
 				return err
@@ -88,7 +93,7 @@ func (b *bench) replicas(ctx context.Context, m *meter, s *system, target string
 			if err != nil {
 				return fmt.Errorf("%s: %w", sh.name, err)
 			}
-			r.System, r.Shape, r.Steps = fmt.Sprintf("%d replicas", n), sh.name, sh.steps
+			r.System, r.Shape, r.Steps = "replicas: "+strconv.Itoa(n), sh.name, sh.steps
 			floors.put(r)
 			b.add(r)
 		}
@@ -138,25 +143,29 @@ func (n *names) serve() {
 	}
 }
 
+var errNoQuestion = errors.New("not a question")
+
 func (n *names) answer(query []byte) ([]byte, error) {
 	var m dnsmessage.Message
-	if err := m.Unpack(query); err != nil {
-		return nil, err
+	if err := m.Unpack(query); err != nil || m.Response || len(m.Questions) != 1 {
+		return nil, errors.Join(errNoQuestion, err)
 	}
-	m.Response, m.Authoritative, m.Additionals = true, true, nil
+	q := m.Questions[0]
+	m = dnsmessage.Message{
+		Header:    dnsmessage.Header{ID: m.ID, Response: true, Authoritative: true, RecursionDesired: m.RecursionDesired},
+		Questions: m.Questions,
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for _, q := range m.Questions {
-		switch {
-		case q.Name.String() != replicasName+".":
-			m.RCode = dnsmessage.RCodeNameError
-		case q.Type == dnsmessage.TypeA:
-			for _, a := range n.addresses {
-				m.Answers = append(m.Answers, dnsmessage.Resource{
-					Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: uint32(time.Second.Seconds())},
-					Body:   &dnsmessage.AResource{A: a},
-				})
-			}
+	switch {
+	case q.Name.String() != replicasName+".":
+		m.RCode = dnsmessage.RCodeNameError
+	case q.Type == dnsmessage.TypeA:
+		for _, a := range n.addresses {
+			m.Answers = append(m.Answers, dnsmessage.Resource{
+				Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: uint32(time.Second.Seconds())},
+				Body:   &dnsmessage.AResource{A: a},
+			})
 		}
 	}
 	return m.Pack()

@@ -47,6 +47,18 @@ func (s *elsewhere) RunStates(ctx context.Context, ids []string) (map[string]sto
 
 func (*elsewhere) Jobs(context.Context, string, int64) ([]*store.Job, error) { return nil, nil }
 
+func (s *elsewhere) asks() int {
+	s.lock.Lock()
+	defer s.lock.Unlock()
+	return s.asked
+}
+
+func (s *elsewhere) end(id string) {
+	s.lock.Lock()
+	defer s.lock.Unlock()
+	s.ended[id] = true
+}
+
 // Runs that are walked elsewhere are followed soon, also after a time in which nobody watched any, and are not asked for in between.
 func TestRunsOfOthersAreFollowed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -56,19 +68,18 @@ func TestRunsOfOthersAreFollowed(t *testing.T) {
 		require.NoError(t, err)
 		defer e.Close(t.Context())
 		for _, id := range []string{"first", "second", "third"} {
-			before := s.asked
+			before := s.asks()
 			pass(time.Minute)
-			require.Equal(t, before, s.asked)
-			done := make(chan error)
-			go func() { done <- e.Wait(t.Context(), id) }()
+			require.Equal(t, before, s.asks())
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			done := make(chan error, 1)
+			go func() { done <- e.Wait(ctx, id) }()
 			pass(time.Second)
-			synctest.Wait()
-			s.lock.Lock()
-			s.ended[id] = true
-			s.lock.Unlock()
+			s.end(id)
 			began := time.Now()
 			require.NoError(t, <-done)
-			require.LessOrEqual(t, time.Since(began), 200*time.Millisecond)
+			require.LessOrEqual(t, time.Since(began), 100*time.Millisecond)
+			cancel()
 		}
 	})
 }

@@ -28,8 +28,10 @@ const (
 	// detachedLimit is for how long calls in flight go on while no beat reaches the database:
 	// it is probably down for everybody, but may be so for this orchestrator alone.
 	detachedLimit = 2 * time.Minute
-	// followInterval is how often runs are looked at that are watched here and walked elsewhere.
+	// followInterval is how often runs are looked at that are watched here and walked elsewhere, and firstLook how soon after
+	// somebody began to watch, when nobody did before.
 	followInterval = 100 * time.Millisecond
+	firstLook      = 10 * time.Millisecond
 	// reconcileInterval is how often an orchestrator looks for runs and jobs that are its own
 	// and that it does not know of: the answer to a claim may get lost.
 	reconcileInterval = time.Minute
@@ -542,25 +544,9 @@ func (e *Engine) maintains(ctx context.Context) {
 }
 
 // follows looks at runs that are watched here and walked elsewhere: a watcher that is behind
-// reads on from the store. As long as nobody watches, it sleeps.
+// reads on from the store.
 func (e *Engine) follows(ctx context.Context) {
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-e.hub.joined:
-		}
-		watched, end := context.WithCancel(ctx)
-		each(watched, followInterval, nil, func() {
-			ids := e.hub.ids()
-			if len(ids) == 0 {
-				end()
-				return
-			}
-			e.follow(ctx, ids)
-		})
-		end()
-	}
+	e.hub.whileWatched(ctx, func(ids []string) { e.follow(ctx, ids) })
 }
 
 // follow looks at those of the runs that are not walked here.

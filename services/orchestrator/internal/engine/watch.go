@@ -93,6 +93,29 @@ func (h *hub) ids() []string {
 	return out
 }
 
+// whileWatched calls look with the runs that are watched, soon after the first watcher came, then less and less often, and at
+// last every followInterval, until none is left, which is the last look; and again when the next one comes, until ctx ends.
+func (h *hub) whileWatched(ctx context.Context, look func(ids []string)) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-h.joined:
+		}
+		watched := true
+		for wait := firstLook; watched; wait = min(2*wait, followInterval) {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(wait):
+			}
+			ids := h.ids()
+			look(ids)
+			watched = len(ids) > 0
+		}
+	}
+}
+
 // behind cuts off the watchers of a run that have not read its state yet.
 func (h *hub) behind(id string, state store.RunState) {
 	h.mu.Lock()

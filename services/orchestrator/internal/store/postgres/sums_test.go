@@ -68,6 +68,9 @@ func (e *endings) started(n int) []*store.Job {
 		}
 		if e.random.IntN(4) > 0 {
 			jobs[i].StartedAt = jobs[i].CreatedAt.Add(time.Duration(e.random.Int64N(int64(time.Minute))))
+			if e.random.IntN(20) == 0 { // by a clock that is ahead of the one that tells its end
+				jobs[i].StartedAt = jobs[i].CreatedAt.Add(3 * time.Hour)
+			}
 		}
 	}
 	e.commit(&store.Record{RunID: e.run.ID, Epoch: 1, Sequence: 1, NewJobs: jobs})
@@ -113,7 +116,7 @@ func (e *endings) usage() *runnerv1.ResourceUsage {
 		switch fd := fields.Get(i); {
 		case e.random.IntN(2) == 0:
 		case fd.Kind() == protoreflect.DoubleKind:
-			m.Set(fd, protoreflect.ValueOfFloat64([]float64{0, 0.25, 0x1p-20, 12345.625, 0x1p30}[e.random.IntN(5)]))
+			m.Set(fd, protoreflect.ValueOfFloat64([]float64{0, 0.25, 0x1p-10, 12345.625, 0x1p30}[e.random.IntN(5)]))
 		case fd.Kind() == protoreflect.BoolKind:
 			m.Set(fd, protoreflect.ValueOfBool(e.random.IntN(2) == 0))
 		}
