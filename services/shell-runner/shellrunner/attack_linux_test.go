@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -301,7 +302,11 @@ var attacks = map[string]func(t *target, tell func(try string, err error)){
 			tell("daemon", daemon(2))
 		}
 	},
-	"stop itself": func(*target, func(string, error)) { _ = unix.Kill(os.Getpid(), unix.SIGSTOP) },
+	"stop itself": func(*target, func(string, error)) {
+		// To this very thread: where another one takes the signal, this one goes on for a moment, which may be its end.
+		runtime.LockOSThread()
+		_ = unix.Tgkill(os.Getpid(), unix.Gettid(), unix.SIGSTOP)
+	},
 	"never end":   func(*target, func(string, error)) { signal.Ignore(); spin() },
 	"wait, deaf":  func(*target, func(string, error)) { signal.Ignore(); <-time.After(time.Hour) },
 	"be a daemon": func(*target, func(string, error)) { _ = daemon(1) },
