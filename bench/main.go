@@ -259,15 +259,20 @@ func (b *bench) before(ctx context.Context) (f before, err error) {
 
 // measure takes the floors, then the workload.
 func (b *bench) measure(ctx context.Context, m *meter, c *client.Client, sh shape, concurrency int) error {
+	return b.measureAs(ctx, m, ours, sh, concurrency, func(ctx context.Context) error { return execute(ctx, c, sh) })
+}
+
+// measureAs is measure of a workflow that is started in a way of its own, under the name of what is measured.
+func (b *bench) measureAs(ctx context.Context, m *meter, name string, sh shape, concurrency int, one func(context.Context) error) error {
 	floors, err := b.before(ctx)
 	if err != nil {
 		return err
 	}
-	r, err := load{concurrency: concurrency, duration: b.duration}.measure(ctx, m, func(ctx context.Context) error { return execute(ctx, c, sh) })
+	r, err := load{concurrency: concurrency, duration: b.duration}.measure(ctx, m, one)
 	if err != nil {
 		return err
 	}
-	r.System, r.Shape, r.Steps = ours, sh.name, sh.steps
+	r.System, r.Shape, r.Steps = name, sh.name, sh.steps
 	floors.put(r)
 	b.add(r)
 	return nil

@@ -40,20 +40,13 @@ func (b *bench) orchestrators(ctx context.Context, m *meter, s *system) (err err
 				}
 			}
 			for _, concurrency := range []int{32, 64} {
-				floors, err := b.before(ctx)
-				if err != nil {
-					return err
-				}
 				var next atomic.Int64
-				r, err := load{concurrency: concurrency, duration: b.duration}.measure(ctx, m, func(ctx context.Context) error {
+				err := b.measureAs(ctx, m, fmt.Sprintf("%d orchestrators", n), sh, concurrency, func(ctx context.Context) error {
 					return execute(ctx, clients[int(next.Add(1))%len(clients)], sh)
 				})
 				if err != nil {
 					return fmt.Errorf("%d orchestrators: %s: %w", n, sh.name, err)
 				}
-				r.System, r.Shape, r.Steps = fmt.Sprintf("%d orchestrators", n), sh.name, sh.steps
-				floors.put(r)
-				b.add(r)
 			}
 		}
 	}

@@ -85,17 +85,10 @@ func (b *bench) replicas(ctx context.Context, m *meter, s *system, target string
 	}
 	for _, sh := range []shape{shapes()[0], shapes()[2], shapes()[3]} {
 		for _, concurrency := range []int{1, 32} {
-			floors, err := b.before(ctx)
-			if err != nil {
-				return err
-			}
-			r, err := load{concurrency: concurrency, duration: b.duration}.measure(ctx, m, func(ctx context.Context) error { return execute(ctx, c, sh) })
+			err := b.measureAs(ctx, m, "replicas: "+strconv.Itoa(n), sh, concurrency, func(ctx context.Context) error { return execute(ctx, c, sh) })
 			if err != nil {
 				return fmt.Errorf("%s: %w", sh.name, err)
 			}
-			r.System, r.Shape, r.Steps = "replicas: "+strconv.Itoa(n), sh.name, sh.steps
-			floors.put(r)
-			b.add(r)
 		}
 	}
 	return nil
