@@ -14,12 +14,16 @@ import (
 )
 
 // Times of the membership. An owner that has not beaten for ownerLimit is taken for dead by
-// those who watched it for so long; none of them compares clocks.
+// those who watched it for so long; none of them compares clocks. What passes while the watcher itself
+// cannot reach the database does not count.
 const (
 	// beatInterval is how often an orchestrator says that it lives.
 	beatInterval = time.Second
 	// ownerLimit is how long an owner may be silent before its runs are taken over.
 	ownerLimit = 5 * time.Second
+	// awayLimit is after how long between two beats of its own an orchestrator was away, and what the others have at least after
+	// that to say that they live.
+	awayLimit = ownerLimit / 2
 	// workInterval is how often an orchestrator looks for work that no notice told of.
 	workInterval = time.Second
 	// askInterval is how often it asks for cancels and signals, and for what is in force, that no notice told of. Both are told of
@@ -50,7 +54,8 @@ const (
 // member is what this orchestrator has seen of another one.
 type member struct {
 	beat  int64
-	since time.Time // when the beat was first seen, by the monotonic clock
+	// silent is for how long no other beat was seen while beats were looked at.
+	silent time.Duration
 }
 
 // membership says who this orchestrator is to the others, and who they are to it.
@@ -176,8 +181,9 @@ func (e *Engine) beat(ctx context.Context, register bool) error {
 	}
 	var dead []silent
 	m.mu.Lock()
-	// Who was away sees nobody as silent: the others may have been cut off just as well.
-	away := now.Sub(m.beaten) > ownerLimit/2
+	passed := now.Sub(m.beaten)
+	// Who was away has seen nobody silent meanwhile: the others may have been cut off just as well, and need a while to come back.
+	away := passed > awayLimit
 	m.beaten = now
 	for name := range m.members {
 		if _, there := beats[name]; !there {
@@ -188,10 +194,16 @@ func (e *Engine) beat(ctx context.Context, register bool) error {
 		seen, known := m.members[name]
 		switch {
 		case name == owner:
-		case !known || seen.beat != beat || away:
-			m.members[name] = member{beat: beat, since: now}
-		case now.Sub(seen.since) >= ownerLimit:
-			dead = append(dead, silent{name, beat})
+		case !known || seen.beat != beat:
+			m.members[name] = member{beat: beat}
+		case away:
+			m.members[name] = member{beat: beat, silent: min(seen.silent, ownerLimit-awayLimit)}
+		default:
+			seen.silent += passed
+			m.members[name] = seen
+			if seen.silent >= ownerLimit {
+				dead = append(dead, silent{name, beat})
+			}
 		}
 	}
 	m.mu.Unlock()

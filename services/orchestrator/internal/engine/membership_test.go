@@ -134,14 +134,17 @@ func TestASilentOwnerIsBuried(t *testing.T) {
 	})
 }
 
-// Who could not reach the database cannot tell who is silent: after an outage the others have
-// as long as ever to say that they live.
+// Who could not reach the database cannot tell who is silent: after an outage who lived before it has
+// about as long as ever to say so.
 func TestAnOutageKillsNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &members{beats: map[string]int64{"other": 1}}
 		e := joined(t, m)
 		defer e.Close(t.Context())
-		pass(3 * time.Second)
+		for range 3 {
+			pass(time.Second)
+			m.set(func() { m.beats["other"]++ })
+		}
 		m.set(func() { m.down = true })
 		pass(time.Minute)
 		m.set(func() { m.down = false })
@@ -155,6 +158,27 @@ func TestAnOutageKillsNobody(t *testing.T) {
 		pass(4 * time.Second)
 		_, buried = m.get()
 		require.Equal(t, []string{"other"}, buried)
+	})
+}
+
+// What was seen before an outage counts after it: who died shortly before the database did is not waited for once more. Who was
+// late still has half of the time.
+func TestAnOutageIsNoNewBeginning(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &members{beats: map[string]int64{"dead": 1, "late": 1}}
+		e := joined(t, m)
+		defer e.Close(t.Context())
+		pass(4*time.Second + time.Millisecond)
+		m.set(func() { m.down = true })
+		pass(6 * time.Second)
+		m.set(func() { m.down = false })
+		pass(2 * time.Second)
+		_, buried := m.get()
+		require.Empty(t, buried, "it may only have been cut off earlier, and for longer")
+		m.set(func() { m.beats["late"]++ })
+		pass(2 * time.Second)
+		_, buried = m.get()
+		require.Equal(t, []string{"dead"}, buried)
 	})
 }
 
