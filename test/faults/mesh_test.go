@@ -335,12 +335,14 @@ func (n *node) note(p *process) float64 {
 	return n.peakMB
 }
 
-// restartDatabase ends PostgreSQL as a crash does and starts it again.
-func (m *mesh) restartDatabase() error {
+// restartDatabase ends PostgreSQL as a crash does and starts it again, and says for how long it was away.
+func (m *mesh) restartDatabase() (away time.Duration, err error) {
+	begin := time.Now()
 	if err := m.cluster.Stop(pgtest.Immediate); err != nil {
-		return err
+		return 0, err
 	}
-	return m.cluster.Start()
+	err = m.cluster.Start()
+	return time.Since(begin), err
 }
 
 func (m *mesh) close() {
