@@ -53,7 +53,7 @@ const (
 
 // member is what this orchestrator has seen of another one.
 type member struct {
-	beat  int64
+	beat int64
 	// silent is for how long no other beat was seen while beats were looked at.
 	silent time.Duration
 }
