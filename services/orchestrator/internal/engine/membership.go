@@ -15,7 +15,7 @@ import (
 
 // Times of the membership. An owner that has not beaten for ownerLimit is taken for dead by
 // those who watched it for so long; none of them compares clocks. What passes while the watcher itself
-// cannot reach the database does not count.
+// cannot reach the database for more than awayLimit does not count.
 const (
 	// beatInterval is how often an orchestrator says that it lives.
 	beatInterval = time.Second

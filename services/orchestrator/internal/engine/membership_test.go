@@ -141,9 +141,10 @@ func TestAnOutageKillsNobody(t *testing.T) {
 		m := &members{beats: map[string]int64{"other": 1}}
 		e := joined(t, m)
 		defer e.Close(t.Context())
+		pass(time.Millisecond)
 		for range 3 {
-			pass(time.Second)
 			m.set(func() { m.beats["other"]++ })
+			pass(time.Second)
 		}
 		m.set(func() { m.down = true })
 		pass(time.Minute)
