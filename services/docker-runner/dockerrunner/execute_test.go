@@ -555,8 +555,14 @@ func TestMemoryLimit(t *testing.T) {
 	require.Greater(t, fits.Finished.GetUsage().GetPeakMemoryMb(), 20.0)
 	require.Contains(t, fits.Finished.GetSecurity().GetIsolation(), "memory_limit")
 
-	// A child is lost, and its parent says that all is well.
+	// A child is lost, and its parent says that all is well. Where the kernel cannot have the child's memory back at once, it ends
+	// the parent, too: that is another case, told as such, and this one is tried again.
 	child, message := call{args: []string{"hog-child", "200"}, policy: limit}.fails(t, "RESOURCE_EXCEEDED")
+	for again := 0; child.Finished.GetUsage().GetExitCode() == 137 && again < 4; again++ {
+		require.Contains(t, message, "ended the container for its memory: its limit is 48 MiB")
+		require.True(t, child.Finished.GetUsage().GetOomKilled())
+		child, message = call{args: []string{"hog-child", "200"}, policy: limit}.fails(t, "RESOURCE_EXCEEDED")
+	}
 	require.Contains(t, message, "ended a process of the container for its memory: its limit is 48 MiB")
 	require.True(t, child.Finished.GetUsage().GetOomKilled())
 	require.EqualValues(t, 0, child.Finished.GetUsage().GetExitCode())
