@@ -177,6 +177,11 @@ func TestRollbackUnderLoad(t *testing.T) {
 	require.Equal(t, 0, specql(t, dir, "rollback", "--to", "http-only", "--address", addresses[0]).status)
 	phase.Store(2)
 	await(2, "DISABLED")
+	// A load-test makes one call at a time, which may have been under way since before the rollback.
+	require.Eventually(t, func() bool {
+		return fmt.Sprint(len(kinds)-1) == pgtest.Shared(t).Psql(t, database, `SELECT count(DISTINCT j.execution_type) FROM jobs.tb_job_run j
+			JOIN jobs.tb_workflow_run r ON r.id = j.run_id WHERE r.correlation_id = 'load-test' AND j.error_code = 'DISABLED'`)
+	}, 4*time.Minute, 100*time.Millisecond, "a load-test was refused nothing")
 	phase.Store(3)
 	require.Equal(t, 0, specql(t, dir, "execution-types", "--enable", "shell", "docker", "serverless", "--address", addresses[1]).status)
 	phase.Store(4)
